@@ -1,0 +1,314 @@
+"""The SimCLR family of augmentations, on whole batches, with parameters of their own for each view.
+
+Two steps. `Augment.draw` makes, in numpy and in the loader, every random choice about a batch as a
+table of finished parameters. `Augment.apply` applies such a table on any device: no random number is
+drawn there. So a view can be replayed, and compared with torchvision, from its table.
+
+Symbols: B images, V views, N = V*B rows, C channels, S side of a view.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simclr_pl.errors import InputError
+from simclr_pl.image_operations import blur, grey, jitter_colour, rotate_shift, to_float
+from simclr_pl.keyed_random import Stream, keys, uniforms
+
+_CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
+
+
+class Augment:
+    """Random crop, flip, rotation, colour jitter, grey, blur and solarisation, then normalisation.
+
+    The order is that of the authors' `data_util.py`; the jitter's four operations come in a random
+    order of their own for each view, with torchvision's arithmetic.
+
+    Args:
+        size: side of a view, in pixels.
+        crop_scale: range of the crop's share of the image's area.
+        crop_ratio: range of the crop's width / height.
+        flip: probability of a horizontal flip.
+        rotation: largest rotation to either side, in degrees; 0 is none, as in the paper.
+        shift: largest shift along each axis, as a fraction of the side; what comes in is black.
+        jitter: probability of the colour jitter.
+        strength: s of the paper's appendix A: brightness, contrast and saturation change by up to
+            0.8 s, hue by up to 0.2 s of a turn.
+        grey: probability of grey.
+        blur: probability of a Gaussian blur, whose window is a tenth of the side.
+        blur_sigma: range of its standard deviation, in pixels.
+        solarise: probability of inverting what is brighter than one half.
+        mean: subtracted from each channel after all else; a single number serves all channels.
+        std: divides each channel after that.
+        clean_fraction: share of the shorter side that the clean view's central square keeps.
+
+    Raises:
+        InputError: a probability outside [0, 1], an empty range, or a size < 1.
+    """
+
+    def __init__(
+        self,
+        size: int = 224,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        rotation: float = 0.0,
+        shift: float = 0.0,
+        jitter: float = 0.8,
+        strength: float = 1.0,
+        grey: float = 0.2,
+        blur: float = 0.5,
+        blur_sigma: tuple[float, float] = (0.1, 2.0),
+        solarise: float = 0.0,
+        mean: tuple[float, ...] = (0.485, 0.456, 0.406),
+        std: tuple[float, ...] = (0.229, 0.224, 0.225),
+        clean_fraction: float = 0.875,
+    ) -> None:
+        self.size = size
+        self.crop_scale = crop_scale
+        self.crop_ratio = crop_ratio
+        self.flip = flip
+        self.rotation = rotation
+        self.shift = shift
+        self.jitter = jitter
+        self.strength = strength
+        self.grey = grey
+        self.blur = blur
+        self.blur_sigma = blur_sigma
+        self.solarise = solarise
+        self.mean = mean
+        self.std = std
+        self.clean_fraction = clean_fraction
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("flip", "jitter", "grey", "blur", "solarise", "clean_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(
+                    f"`{name}` must be within [0, 1]; got {getattr(self, name)}. Set `data.augment`."
+                )
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise InputError(
+                    f"`{name}` must be a range (low, high) with 0 < low <= high; got "
+                    f"({low}, {high}). Set `data.augment`."
+                )
+        if self.size < 1 or not 0 <= self.strength * 0.2 <= 0.5:
+            raise InputError(
+                "`size` must be >= 1 and `strength` within [0, 2.5]; got "
+                f"{self.size} and {self.strength}. Set `data.augment`."
+            )
+
+    # Drawing: numpy, in the loader.
+
+    def draw(self, seed: int, epoch: int, index: np.ndarray, n_views: int) -> dict[str, np.ndarray]:
+        """Draws the parameters of every operation on the cropped views of a batch.
+
+        Args:
+            seed: of the run.
+            epoch: from 0.
+            index: (B,) int64 sample indices.
+            n_views: V.
+
+        Returns:
+            Only the operations that can happen: "angle" degrees (B, V), "shift" pixels right and down
+            (B, V, 2), "factor" and "order" of the jitter (B, V, 4) with order -1 where there is none,
+            "grey" and "solarise" bool (B, V), "sigma" pixels (B, V) with 0 for no blur.
+        """
+
+        def uniform(stream: Stream, n: int) -> np.ndarray:
+            views = np.arange(n_views)
+            return uniforms(keys(seed, epoch, stream, index[:, None], views[None, :]), n)
+
+        table: dict[str, np.ndarray] = {}
+        if self.rotation or self.shift:
+            u = uniform(Stream.AFFINE, 3) * 2 - 1
+            table["angle"] = u[..., 0] * self.rotation
+            table["shift"] = u[..., 1:] * self.shift * self.size
+        if self.jitter and self.strength:
+            u = uniform(Stream.JITTER, 9)
+            low = np.array([max(0.0, 1 - 0.8 * self.strength)] * 3 + [-0.2 * self.strength])
+            high = np.array([1 + 0.8 * self.strength] * 3 + [0.2 * self.strength])
+            table["factor"] = low + (high - low) * u[..., 1:5]
+            order = u[..., 5:].argsort(-1)
+            table["order"] = np.where(u[..., :1] < self.jitter, order, -1)
+        if self.grey:
+            table["grey"] = uniform(Stream.GREY, 1)[..., 0] < self.grey
+        if self.blur:
+            u = uniform(Stream.BLUR, 2)
+            sigma = np.interp(u[..., 1], (0, 1), self.blur_sigma)
+            table["sigma"] = np.where(u[..., 0] < self.blur, sigma, 0.0)
+        if self.solarise:
+            table["solarise"] = uniform(Stream.SOLARISE, 1)[..., 0] < self.solarise
+        return {k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in table.items()}
+
+    def draw_crops(
+        self,
+        seed: int,
+        epoch: int,
+        index: np.ndarray,
+        n_views: int,
+        height: np.ndarray,
+        width: np.ndarray,
+    ) -> np.ndarray:
+        """Draws the crops of a batch, by the rule of torchvision's RandomResizedCrop.
+
+        Args:
+            seed, epoch, index, n_views: as for `draw`.
+            height, width: (B,) sides of the images, in pixels.
+
+        Returns:
+            (B, V, 5) int64: top, left, height, width, flipped (0 or 1).
+        """
+        views = np.arange(n_views)[None, :]
+        crop_key = keys(seed, epoch, Stream.CROP, index[:, None], views)
+        u = uniforms(crop_key, 2 * _CROP_ATTEMPTS + 2)
+        h_full, w_full = height[:, None, None], width[:, None, None]
+        low, high = self.crop_scale
+        area = (low + (high - low) * u[..., :_CROP_ATTEMPTS]) * h_full * w_full
+        low, high = np.log(self.crop_ratio)
+        ratio = np.exp(low + (high - low) * u[..., _CROP_ATTEMPTS:-2])
+        w = np.round(np.sqrt(area * ratio)).astype(np.int64)  # (B, V, attempts)
+        h = np.round(np.sqrt(area / ratio)).astype(np.int64)
+        fits = (w > 0) & (w <= w_full) & (h > 0) & (h <= h_full)
+        first = fits.argmax(-1)[..., None]
+        w, h = np.take_along_axis(w, first, -1)[..., 0], np.take_along_axis(h, first, -1)[..., 0]
+        fallback = ~fits.any(-1)  # the largest centred crop with an allowed ratio
+        h_full, w_full = h_full[..., 0], w_full[..., 0]
+        r_low, r_high = self.crop_ratio
+        w = np.where(fallback, np.minimum(w_full, np.round(h_full * r_high)).astype(np.int64), w)
+        h = np.where(fallback, np.minimum(h_full, np.round(w_full / r_low)).astype(np.int64), h)
+        top = np.where(
+            fallback, (h_full - h) // 2, (u[..., -2] * (h_full - h + 1)).astype(np.int64)
+        )
+        left = np.where(
+            fallback, (w_full - w) // 2, (u[..., -1] * (w_full - w + 1)).astype(np.int64)
+        )
+        flip_key = keys(seed, epoch, Stream.FLIP, index[:, None], views)
+        flip = uniforms(flip_key, 1)[..., 0] < self.flip
+        return np.stack([top, left, h, w, flip.astype(np.int64)], -1)
+
+    def clean_crops(self, height: np.ndarray, width: np.ndarray) -> np.ndarray:
+        """The central squares for evaluation: (B, 1, 5), as `draw_crops` with V = 1 and no flip."""
+        side = np.maximum(1, np.round(np.minimum(height, width) * self.clean_fraction)).astype(int)
+        zero = np.zeros_like(side)
+        return np.stack([(height - side) // 2, (width - side) // 2, side, side, zero], -1)[:, None]
+
+    # Applying: torch, on any device.
+
+    def apply(self, images: Tensor, table: dict[str, Tensor]) -> Tensor:
+        """Turns crops into views.
+
+        Args:
+            images: (B, V, C, S, S) uint8.
+            table: from `draw`, as tensors on the same device.
+
+        Returns:
+            (V*B, C, S, S) float32, normalised, all of view 0 first.
+        """
+        x = to_float(_rows(images))  # (N, C, S, S)
+        rows = {name: _rows(value) for name, value in table.items()}
+        if "angle" in rows:
+            x = rotate_shift(x, rows["angle"], rows["shift"])
+        if "order" in rows:
+            x = jitter_colour(x, rows["factor"], rows["order"])
+        if "grey" in rows and x.shape[1] == 3:
+            x = torch.where(rows["grey"][:, None, None, None], grey(x), x)
+        if "sigma" in rows:
+            radius = min(self.size // 10 // 2, math.ceil(3 * self.blur_sigma[1]))
+            some = rows["sigma"].nonzero()[:, 0]
+            x = x.index_copy(0, some, blur(x[some], rows["sigma"][some], max(1, radius)))
+        if "solarise" in rows:
+            inverted = torch.where(x >= 0.5, 1 - x, x)
+            x = torch.where(rows["solarise"][:, None, None, None], inverted, x)
+        return self.normalise(x)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Normalises float images (n, C, S, S) in [0, 1]."""
+        mean = torch.tensor(self.mean, device=x.device).reshape(-1, 1, 1)
+        std = torch.tensor(self.std, device=x.device).reshape(-1, 1, 1)
+        return (x - mean) / std
+
+
+def simclr_imagenet(size: int = 224, strength: float = 1.0, **options: Any) -> Augment:
+    """The paper's augmentation for ImageNet (appendix A), with ImageNet's mean and deviation.
+
+    Args:
+        size: side of a view, in pixels.
+        strength: of the colour jitter.
+        options: any argument of `Augment`.
+    """
+    return Augment(size=size, strength=strength, **options)
+
+
+def simclr_cifar(
+    size: int = 32,
+    strength: float = 0.5,
+    blur: float = 0.0,
+    mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465),
+    std: tuple[float, ...] = (0.2470, 0.2435, 0.2616),
+    clean_fraction: float = 1.0,
+    **options: Any,
+) -> Augment:
+    """The paper's augmentation for CIFAR-10 (appendix B.9): half the jitter, no blur.
+
+    Args:
+        size: side of a view, in pixels.
+        strength: of the colour jitter.
+        blur: probability of a Gaussian blur.
+        mean: subtracted from each channel; by default that of CIFAR-10's training images.
+        std: divides each channel; by default that of CIFAR-10's training images.
+        clean_fraction: share of the shorter side that the clean view keeps.
+        options: any argument of `Augment`.
+    """
+    return Augment(
+        size=size,
+        strength=strength,
+        blur=blur,
+        mean=mean,
+        std=std,
+        clean_fraction=clean_fraction,
+        **options,
+    )
+
+
+def digits(
+    size: int = 32,
+    crop_scale: tuple[float, float] = (0.6, 1.0),
+    rotation: float = 10.0,
+    shift: float = 0.3,
+    mean: tuple[float, ...] = (0.204,),
+    std: tuple[float, ...] = (0.181,),
+) -> Augment:
+    """The augmentation of the embedded digits: crop, rotation and shift; a flipped digit is another.
+
+    Args:
+        size: side of a view, in pixels.
+        crop_scale: range of the crop's share of the image's area.
+        rotation: largest rotation to either side, in degrees.
+        shift: largest shift along each axis, as a fraction of the side.
+        mean: subtracted from the grey value.
+        std: divides it.
+    """
+    return Augment(
+        size=size,
+        crop_scale=crop_scale,
+        flip=0.0,
+        rotation=rotation,
+        shift=shift,
+        jitter=0.0,
+        grey=0.0,
+        blur=0.0,
+        mean=mean,
+        std=std,
+        clean_fraction=1.0,
+    )
+
+
+def _rows(value: Tensor) -> Tensor:
+    """(B, V, ...) -> (V*B, ...), all of view 0 first."""
+    return value.transpose(0, 1).flatten(0, 1)

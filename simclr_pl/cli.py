@@ -1,0 +1,141 @@
+"""The command `simclr`."""
+
+import sys
+import warnings
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from simclr_pl.callbacks import FeatureWriter, KNNMonitor, OnlineLinearProbe, RunSummary
+from simclr_pl.data import ContrastiveDataModule
+from simclr_pl.errors import InputError
+from simclr_pl.simclr import SimCLR
+
+Tracker = Literal["wandb", "wandb-offline", "tensorboard"]
+
+_MONITORS: dict[str, tuple[type[Callback], dict[str, Any], str]] = {
+    "probe": (OnlineLinearProbe, {}, "Online linear probe; null for none."),
+    "knn": (KNNMonitor, {}, "kNN monitor; null for none."),
+    "checkpoint": (
+        ModelCheckpoint,
+        {"save_last": "link"},
+        "When checkpoints are written, into the run's folder; null for never.",
+    ),
+}
+
+_TRAINER_DEFAULTS = {
+    "default_root_dir": "runs",
+    "num_sanity_val_steps": -1,  # scores the encoder at initialisation
+    "use_distributed_sampler": False,  # the data module's own samplers know the ranks
+    "log_every_n_steps": 10,
+}
+
+# Lightning's advice that does not fit: sets in memory need no workers, the epoch's length is short by
+# design, and the deprecations are between Lightning and its own dependencies.
+_NOISE = (
+    ".*does not have many workers.*",
+    ".*treespec, LeafSpec.*",
+    ".*instantiate_classes.*",
+    ".*JsonargparseDeprecationWarning.*",
+)
+
+
+class SimCLRCLI(LightningCLI):
+    """LightningCLI on `SimCLR` and `ContrastiveDataModule`, with one run folder and one seed."""
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what concerns the whole run."""
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=0,
+            help="Seed of initialisation, order, views and dropout.",
+        )
+        parser.add_argument(
+            "--name",
+            type=str,
+            default="simclr",
+            help="The run's files are in <trainer.default_root_dir>/<name>/version_<n>/.",
+        )
+        parser.add_argument(
+            "--track",
+            type=list[Tracker],
+            default=[],
+            help="Trackers beside metrics.csv; wandb-offline needs no account.",
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the monitors and links the seed."""
+        for key, (cls, options, text) in _MONITORS.items():
+            default = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": options}
+            parser.add_argument(f"--{key}", type=cls | None, default=default, help=text)
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("seed_everything", "model.seed")
+
+    def instantiate_classes(self) -> None:
+        """As LightningCLI's, by jsonargparse's present name for it."""
+        self.config_init = self.parser.instantiate(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+        self.trainer = self.instantiate_trainer()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds the monitors, the summary, the progress bar and the loggers to the trainer's own."""
+        config = {**self._get(self.config_init, "trainer"), **kwargs}
+        callbacks = [self._get(self.config_init, key) for key in _MONITORS]
+        callbacks = [c for c in callbacks if c is not None]
+        if self.subcommand == "fit":
+            callbacks.append(RunSummary())
+        if self.subcommand == "predict":
+            callbacks.append(FeatureWriter())
+        own = config["callbacks"] or []
+        own = own if isinstance(own, list) else [own]
+        wants_bar = config["enable_progress_bar"] is not False
+        if wants_bar and not any(isinstance(c, ProgressBar) for c in own):
+            callbacks.append(RichProgressBar())
+        if any(isinstance(c, ModelCheckpoint) for c in [*own, *callbacks]):
+            config["enable_checkpointing"] = True
+        else:
+            config["enable_checkpointing"] = False
+        config["callbacks"] = own
+        config["logger"] = self._loggers(config)
+        return self._instantiate_trainer(config, callbacks)
+
+    def _loggers(self, config: dict[str, Any]) -> list[Logger]:
+        name = self._get(self.config_init, "name")
+        csv = CSVLogger(config["default_root_dir"], name=name)
+        given = config["logger"]
+        if given is None or isinstance(given, bool):
+            given = []
+        loggers = [csv, *(given if isinstance(given, list) else [given])]
+        for tracker in self._get(self.config_init, "track"):
+            if tracker == "tensorboard":
+                loggers.append(TensorBoardLogger(csv.root_dir, name="", version=csv.version))
+            else:
+                offline = tracker == "wandb-offline"
+                loggers.append(WandbLogger(project=name, save_dir=csv.log_dir, offline=offline))
+        return loggers
+
+
+def main(args: ArgsType = None) -> None:
+    """Runs the command line; a user's mistake ends it with one line and exit code 2.
+
+    Args:
+        args: by default the process's arguments.
+    """
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message)
+    try:
+        SimCLRCLI(
+            SimCLR,
+            ContrastiveDataModule,
+            trainer_defaults=_TRAINER_DEFAULTS,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

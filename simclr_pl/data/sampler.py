@@ -1,0 +1,92 @@
+"""One global order of the images, whatever the number of ranks.
+
+Symbols: M images, G global batch, W ranks.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import DistributedSampler
+
+from simclr_pl.keyed_random import Stream, permutation
+
+
+class Draw(NamedTuple):
+    """What a loader is asked for: the images of one rank's batch in one epoch.
+
+    Attributes:
+        epoch: from 0; keys the random choices.
+        positions: (B,) int64 in the set; -1 is padding.
+    """
+
+    epoch: int
+    positions: np.ndarray
+
+
+# Lightning replaces a loader's sampler under DDP unless it is a DistributedSampler.
+class _OwnSampler(DistributedSampler[Draw]):
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.num_replicas, self.epoch = rank, world_size, 0
+
+
+class KeyedSampler(_OwnSampler):
+    """Shuffled training batches.
+
+    The order of an epoch is a permutation keyed by (seed, epoch). Global step k takes the positions
+    [k*G, (k+1)*G) of it, and rank r the r-th of W equal slices of those; what is left at the end
+    of an epoch is dropped. So every rank count trains on the same global batches.
+
+    Args:
+        count: M.
+        global_batch_size: G, a multiple of ``world_size``.
+        seed: of the run.
+        rank: this rank.
+        world_size: W.
+    """
+
+    def __init__(
+        self, count: int, global_batch_size: int, seed: int, rank: int, world_size: int
+    ) -> None:
+        super().__init__(rank, world_size)
+        self.count, self.global_batch_size, self.seed = count, global_batch_size, seed
+
+    def __len__(self) -> int:
+        """Steps of an epoch."""
+        return self.count // self.global_batch_size
+
+    def __iter__(self) -> Iterator[Draw]:
+        order = permutation(self.count, self.seed, Stream.ORDER, self.epoch)
+        share = self.global_batch_size // self.num_replicas
+        for step in range(len(self)):
+            start = step * self.global_batch_size + self.rank * share
+            yield Draw(self.epoch, order[start : start + share])
+
+
+class EvaluationSampler(_OwnSampler):
+    """Batches of all images, each on one rank.
+
+    Every rank has the same number of batches of the same size, as DDP's collectives need; what is
+    missing is filled with index -1, to be left out of every result.
+
+    Args:
+        count: M.
+        batch_size: images of a batch on one rank.
+        rank: this rank.
+        world_size: W.
+    """
+
+    def __init__(self, count: int, batch_size: int, rank: int, world_size: int) -> None:
+        super().__init__(rank, world_size)
+        self.count, self.batch_size = count, batch_size
+
+    def __len__(self) -> int:
+        """Batches on each rank."""
+        return -(-self.count // (self.batch_size * self.num_replicas))
+
+    def __iter__(self) -> Iterator[Draw]:
+        per_rank = -(-self.count // self.num_replicas)
+        index = np.arange(self.rank, per_rank * self.num_replicas, self.num_replicas)
+        index = np.where(index < self.count, index, -1)
+        for start in range(0, per_rank, self.batch_size):
+            yield Draw(0, index[start : start + self.batch_size])

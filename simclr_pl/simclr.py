@@ -1,0 +1,192 @@
+"""The LightningModule.
+
+Symbols: B images on this rank, V views, E feature width, D projection width, h features, z projections.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from simclr_pl.errors import InputError
+from simclr_pl.keyed_random import Stream, keys
+from simclr_pl.losses import NTXentLoss
+from simclr_pl.models import Projector, feature_width
+from simclr_pl.optim import LARS, LRScaling, lr_factor, parameter_groups, warmup_cosine
+
+Batch = dict[str, Tensor]
+
+
+class SimCLR(LightningModule):
+    """SimCLR: encoder, projection head and the NT-Xent loss over the images of all ranks.
+
+    Chen, Kornblith, Norouzi and Hinton, "A Simple Framework for Contrastive Learning of Visual
+    Representations", arXiv:2002.05709.
+
+    Args:
+        encoder: maps images (n, C, H, W) to features (n, E), e.g. `Encoder` or `ConvEncoder`.
+        projector: maps features to projections (n, D): a module, or a callable that makes one from E.
+        temperature: divides the similarities in the loss.
+        optimizer: makes the optimiser from parameter groups; its learning rate is the base rate.
+        lr_scaling: how the base rate grows with the global batch: "linear" batch / 256, "sqrt"
+            sqrt(batch), or "none".
+        warmup_epochs: epochs of linear warm-up; a cosine to 0 follows, step by step.
+        seed: fixes dropout and the like; a step's random numbers depend on (seed, step, rank) alone.
+
+    Attributes:
+        num_features: the feature width E.
+
+    Raises:
+        InputError: temperature <= 0, warmup_epochs < 0, or the encoder's output is no feature vector.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        projector: Callable[[int], nn.Module] = Projector,
+        temperature: float = 0.5,
+        optimizer: Callable[[Iterable[Any]], Optimizer] = LARS,
+        lr_scaling: LRScaling = "linear",
+        warmup_epochs: float = 10.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if warmup_epochs < 0:
+            raise InputError(
+                f"`warmup_epochs` must be >= 0; got {warmup_epochs}. Set `model.warmup_epochs`."
+            )
+        # From the command line the hyper-parameters are its plain values, class paths included. From
+        # Python the objects among the arguments would be pickled into every checkpoint: leave them.
+        from_python = _given_hyperparameters.get() is None
+        self.save_hyperparameters(
+            ignore=["encoder", "projector", "optimizer"] if from_python else []
+        )
+        self.encoder = encoder.to(memory_format=torch.channels_last)  # quicker on CPU and GPU
+        self.num_features = feature_width(encoder)
+        self.projector = (
+            projector if isinstance(projector, nn.Module) else projector(self.num_features)
+        )
+        self.loss = NTXentLoss(temperature)
+        self.optimizer = optimizer
+        self.lr_scaling = lr_scaling
+        self.warmup_epochs = warmup_epochs
+        self.seed = seed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images (n, C, H, W) to features (n, E), what downstream tasks use."""
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.encoder(x)  # type: ignore[no-any-return]
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seeds torch for this step, so that a resumed run draws what an uninterrupted one does."""
+        step = self.trainer.fit_loop.total_batch_idx
+        torch.manual_seed(int(keys(self.seed, Stream.STEP, step, self.global_rank) >> 1))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """One step on the views of a batch, all of them in one forward.
+
+        Args:
+            batch: ``views`` (V*B, C, S, S), all of view 0 first; ``label`` and ``index`` (B,).
+            batch_idx: not used.
+
+        Returns:
+            ``loss``, ``features`` (V*B, E) detached, ``label`` (B,), ``index`` (B,).
+        """
+        n_images = len(batch["index"])
+        h = self(batch["views"])  # (V*B, E)
+        z = self.projector(h)  # (V*B, D)
+        loss = self.loss(z.view(-1, n_images, z.shape[1]))
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return {
+            "loss": loss,
+            "features": h.detach(),
+            "label": batch["label"],
+            "index": batch["index"],
+        }
+
+    def validation_step(
+        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Features of clean views, without the sampler's padding.
+
+        Returns:
+            ``features`` (n, E), ``label`` (n,), ``index`` (n,), where n <= B.
+        """
+        real = batch["index"] >= 0
+        features = self(batch["views"])[real]
+        return {
+            "features": features,
+            "label": batch["label"][real],
+            "index": batch["index"][real],
+        }
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """The same as `validation_step`."""
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def predict_step(
+        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """The same as `validation_step`."""
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser on the paper's parameter groups, its rate scaled, and the schedule by step."""
+        total_steps = self.trainer.estimated_stepping_batches
+        if total_steps == float("inf"):
+            raise InputError(
+                "the length of training must be known for the cosine; got no limit. Set "
+                "`trainer.max_epochs` or `trainer.max_steps`."
+            )
+        groups, _ = parameter_groups(self)
+        optimizer = self.optimizer(groups)
+        for group in optimizer.param_groups:
+            group["lr"] *= lr_factor(self.lr_scaling, self._images_per_update())
+        steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        warmup_steps = round(self.warmup_epochs * steps_per_epoch)
+        schedule = LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, warmup_steps, int(total_steps))
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def _images_per_update(self) -> int:
+        batch: int | None = getattr(
+            getattr(self.trainer, "datamodule", None), "global_batch_size", None
+        )
+        if batch is None:
+            if self.lr_scaling == "none":
+                return 1
+            raise InputError(
+                "scaling the learning rate needs the global batch size; got a data module without "
+                "`global_batch_size`. Set `model.lr_scaling` to none, or use ContrastiveDataModule."
+            )
+        return batch * self.trainer.accumulate_grad_batches
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the checkpoint is of this model.
+
+        Raises:
+            InputError: it names other parameters, or other shapes.
+        """
+        theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        ours = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        different = sorted(
+            name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)
+        )
+        if different:
+            name = different[0]
+            raise InputError(
+                f"a checkpoint must be of the model that is configured; got one that differs in "
+                f"{len(different)} tensors, first {name!r} ({theirs.get(name, 'absent')} in the "
+                f"checkpoint, {ours.get(name, 'absent')} in the model). Set `model.encoder` and "
+                "`model.projector` as in the run that wrote it."
+            )

@@ -1,0 +1,16 @@
+"""Fixtures of all tests."""
+
+import os
+
+# One thread: the ranks and workers of the tests share few cores, and sums keep one order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_SILENT", "true")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)

@@ -1,0 +1,94 @@
+"""Runs a function on several real ranks: processes of one gloo group on this machine."""
+
+import io
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# The fork server imports the heavy packages once; each rank is then a fork of it.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["lightning.pytorch", "torchmetrics.classification", "simclr_pl.callbacks", "simclr_pl.data"]
+)
+
+
+def on_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120
+) -> Any:
+    """Calls ``function(*args)`` on each rank of a new gloo group.
+
+    Returns:
+        The results, in rank order.
+
+    Raises:
+        AssertionError: a rank raised (with its traceback) or did not finish within ``timeout`` seconds.
+    """
+    port = _free_port()
+    pipes, processes = [], []
+    for rank in range(world_size):
+        ours, theirs = _context.Pipe(duplex=False)
+        process = _context.Process(
+            target=_main, args=(rank, world_size, port, theirs, function, args), daemon=True
+        )
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        return _collect(pipes, timeout)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = [p for i, p in enumerate(pipes) if i not in results]
+        ready = wait(waiting, timeout)
+        assert ready, f"ranks {sorted(set(range(len(pipes))) - set(results))} hang"
+        for pipe in ready:
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            try:
+                error, payload = pipe.recv()  # type: ignore[union-attr]
+            except EOFError:
+                raise AssertionError(f"rank {rank} died") from None
+            assert error is None, f"rank {rank} raised:\n{error}"
+            results[rank] = torch.load(io.BytesIO(payload), weights_only=False)
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _main(
+    rank: int, world_size: int, port: int, pipe: Connection, function: Any, args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        NODE_RANK="0",
+        WORLD_SIZE=str(world_size),
+    )
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+        payload = io.BytesIO()
+        torch.save(function(*args), payload)
+        pipe.send((None, payload.getvalue()))
+        dist.destroy_process_group()
+    except BaseException:
+        pipe.send((traceback.format_exc(), None))
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
