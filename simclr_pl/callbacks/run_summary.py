@@ -161,7 +161,7 @@ class RunSummary(Callback):
             "images_per_second": round(self._images / max(self._seconds, 1e-9), 2),
             "steps": trainer.global_step,
             "seconds": round(self._seconds, 3),
-            "global_batch_size": getattr(trainer.datamodule, "global_batch_size", None)  # type: ignore[attr-defined],
+            "global_batch_size": getattr(trainer.datamodule, "global_batch_size", None),  # type: ignore[attr-defined]
             "world_size": trainer.world_size,
             "version": simclr_pl.__version__,
         }
