@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from simclr_pl.callbacks import OnlineLinearProbe as OnlineLinearProbe
     from simclr_pl.callbacks import RunSummary as RunSummary
     from simclr_pl.data import ContrastiveDataModule as ContrastiveDataModule
+    from simclr_pl.errors import InputError as InputError
     from simclr_pl.losses import NTXentLoss as NTXentLoss
     from simclr_pl.losses import nt_xent as nt_xent
     from simclr_pl.models import ConvEncoder as ConvEncoder
@@ -27,6 +28,7 @@ _MODULE_OF = {
     "ContrastiveDataModule": "data",
     "ConvEncoder": "models",
     "Encoder": "models",
+    "InputError": "errors",
     "KNNMonitor": "callbacks",
     "LARS": "optim",
     "NTXentLoss": "losses",

@@ -229,8 +229,8 @@ class Augment:
 
     def normalise(self, x: Tensor) -> Tensor:
         """Normalises float images (n, C, S, S) in [0, 1]."""
-        mean = torch.tensor(self.mean, device=x.device).reshape(-1, 1, 1)
-        std = torch.tensor(self.std, device=x.device).reshape(-1, 1, 1)
+        mean = x.new_tensor(self.mean).reshape(-1, 1, 1)
+        std = x.new_tensor(self.std).reshape(-1, 1, 1)
         return (x - mean) / std
 
 
@@ -280,7 +280,7 @@ def digits(
     size: int = 32,
     crop_scale: tuple[float, float] = (0.6, 1.0),
     rotation: float = 10.0,
-    shift: float = 0.3,
+    shift: float = 0.15,
     mean: tuple[float, ...] = (0.204,),
     std: tuple[float, ...] = (0.181,),
 ) -> Augment:

@@ -1,11 +1,12 @@
 """The command `simclr`."""
 
+import logging
 import sys
 import warnings
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
@@ -19,6 +20,7 @@ Tracker = Literal["wandb", "wandb-offline", "tensorboard"]
 _MONITORS: dict[str, tuple[type[Callback], dict[str, Any], str]] = {
     "probe": (OnlineLinearProbe, {}, "Online linear probe; null for none."),
     "knn": (KNNMonitor, {}, "kNN monitor; null for none."),
+    "summary": (RunSummary, {}, "Scores and speed in summary.json; null for none."),
     "checkpoint": (
         ModelCheckpoint,
         {"save_last": "link"},
@@ -28,9 +30,10 @@ _MONITORS: dict[str, tuple[type[Callback], dict[str, Any], str]] = {
 
 _TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
-    "num_sanity_val_steps": -1,  # scores the encoder at initialisation
+    "num_sanity_val_steps": 0,  # the summary's baselines walk the same path, in full
     "use_distributed_sampler": False,  # the data module's own samplers know the ranks
     "log_every_n_steps": 10,
+    "enable_model_summary": False,  # RunSummary says it in one line
 }
 
 # Lightning's advice that does not fit: sets in memory need no workers, the epoch's length is short by
@@ -38,13 +41,38 @@ _TRAINER_DEFAULTS = {
 _NOISE = (
     ".*does not have many workers.*",
     ".*treespec, LeafSpec.*",
-    ".*instantiate_classes.*",
-    ".*JsonargparseDeprecationWarning.*",
+    ".*dirpath has changed from.*",  # a resumed run writes into a folder of its own
+    ".*callbacks used to create the checkpoint need to be provided.*",  # some only watch training
+    ".*Experiment logs directory .* exists and is not empty.*",
 )
 
 
+class _ProgressBar(RichProgressBar):
+    """Loss, kNN and linear accuracy, without the run's version."""
+
+    def get_metrics(self, *args: Any) -> dict[str, Any]:
+        metrics = super().get_metrics(*args)
+        metrics.pop("v_num", None)
+        return metrics  # type: ignore[return-value]
+
+
 class SimCLRCLI(LightningCLI):
-    """LightningCLI on `SimCLR` and `ContrastiveDataModule`, with one run folder and one seed."""
+    """LightningCLI on `SimCLR` and `ContrastiveDataModule`, with one run folder and one seed.
+
+    Args:
+        args: with the subcommand first; by default the process's arguments.
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        usage = "simclr {} [--config FILE ...] [--KEY VALUE ...]"
+        super().__init__(
+            SimCLR,
+            ContrastiveDataModule,
+            trainer_defaults=_TRAINER_DEFAULTS,
+            auto_configure_optimizers=False,
+            parser_kwargs={name: {"usage": usage.format(name)} for name in self.subcommands()},
+            args=args,
+        )
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what concerns the whole run."""
@@ -75,6 +103,13 @@ class SimCLRCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
 
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the configuration as given.
+
+        LightningCLI would let the checkpoint's model override it without a word. Here a model that
+        differs from the checkpoint's is an error, from `SimCLR.on_load_checkpoint`.
+        """
+
     def instantiate_classes(self) -> None:
         """As LightningCLI's, by jsonargparse's present name for it."""
         self.config_init = self.parser.instantiate(self.config)
@@ -87,19 +122,16 @@ class SimCLRCLI(LightningCLI):
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         callbacks = [self._get(self.config_init, key) for key in _MONITORS]
         callbacks = [c for c in callbacks if c is not None]
-        if self.subcommand == "fit":
-            callbacks.append(RunSummary())
+        if self.subcommand != "fit":
+            callbacks = [c for c in callbacks if not isinstance(c, (Checkpoint, RunSummary))]
         if self.subcommand == "predict":
             callbacks.append(FeatureWriter())
         own = config["callbacks"] or []
         own = own if isinstance(own, list) else [own]
         wants_bar = config["enable_progress_bar"] is not False
         if wants_bar and not any(isinstance(c, ProgressBar) for c in own):
-            callbacks.append(RichProgressBar())
-        if any(isinstance(c, ModelCheckpoint) for c in [*own, *callbacks]):
-            config["enable_checkpointing"] = True
-        else:
-            config["enable_checkpointing"] = False
+            callbacks.insert(0, _ProgressBar())  # first to close: what follows prints below it
+        config["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in [*own, *callbacks])
         config["callbacks"] = own
         config["logger"] = self._loggers(config)
         return self._instantiate_trainer(config, callbacks)
@@ -128,14 +160,11 @@ def main(args: ArgsType = None) -> None:
     """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
+    # Lightning's hints at other products
+    rank_zero_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    rank_zero_log.addFilter(lambda record: "Tip:" not in record.getMessage())
     try:
-        SimCLRCLI(
-            SimCLR,
-            ContrastiveDataModule,
-            trainer_defaults=_TRAINER_DEFAULTS,
-            auto_configure_optimizers=False,
-            args=args,
-        )
+        SimCLRCLI(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

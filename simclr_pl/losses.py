@@ -34,6 +34,7 @@ class _NTXent(torch.autograd.Function):
         own = torch.arange(n, device=rows.device)
         positive = ids[:, None] == all_ids[None, :]  # (n, N)
         positive[own, first + own] = False
+        positive = positive.to(rows.dtype)
         count = positive.sum(1)  # (n,)
         share = positive / count.clamp(min=1)[:, None]  # (n, N), rows sum to 1 or 0
         s = rows @ everything.T / temperature  # (n, N)

@@ -37,12 +37,13 @@ def knn_predict(
     Returns:
         (sum of Q over ranks,) int64 predicted classes, in rank order.
     """
-    bank = F.normalize(bank.float(), dim=1)
-    query = F.normalize(gather_uneven_rows(query.float()), dim=1)
-    classes = [
-        _vote(*_nearest(bank, bank_labels, part, k), num_classes, temperature)
-        for part in query.split(chunk)
-    ]
+    with torch.autocast(query.device.type, enabled=False):
+        bank = F.normalize(bank.float(), dim=1)
+        query = F.normalize(gather_uneven_rows(query.float()), dim=1)
+        classes = [
+            _vote(*_nearest(bank, bank_labels, part, k), num_classes, temperature)
+            for part in query.split(chunk)
+        ]
     return torch.cat(classes) if classes else query.new_empty(0, dtype=torch.int64)
 
 
@@ -88,7 +89,9 @@ def linear_predict(
         (Q,) int64 predicted classes.
     """
     features, query = features.float(), query.float()
-    mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
+    mean, std = features.mean(0), features.std(0, correction=0)
+    # A constant feature has no scale: dividing it by rounding noise would blow up the queries'.
+    std = torch.where(std > 1e-5 * mean.abs(), std, 1.0)
     features, query = (features - mean) / std, (query - mean) / std
     weight = features.new_zeros(num_classes, features.shape[1], requires_grad=True)
     bias = features.new_zeros(num_classes, requires_grad=True)
@@ -105,4 +108,4 @@ def linear_predict(
 
     with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
         solver.step(closure)
-    return F.linear(query, weight, bias).argmax(1)
+        return F.linear(query, weight, bias).argmax(1)

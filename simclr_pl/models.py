@@ -65,7 +65,9 @@ def _find(name: str) -> tuple[str, str]:
     import timm
     import torchvision.models
 
-    catalogue = {"timm": timm.list_models(), "torchvision": torchvision.models.list_models()}
+    # The classifiers only: torchvision's detectors and the like are in modules of their own.
+    classifiers = torchvision.models.list_models(module=torchvision.models)
+    catalogue = {"timm": timm.list_models(), "torchvision": classifiers}
     prefix, _, short_name = name.partition("/")
     if prefix in catalogue and short_name in catalogue[prefix]:
         return prefix, short_name
@@ -84,36 +86,53 @@ def _timm_model(
     name: str, width: float, in_channels: int, pretrained: bool
 ) -> tuple[nn.Module, int]:
     import timm
-    from timm.models.resnet import ResNet
 
-    options: dict[str, Any] = {}
-    if width != 1.0:
-        channels = tuple(round(64 * 2**stage * width) for stage in range(4))
-        options = {"channels": channels, "stem_width": channels[0]}
-        if not isinstance(timm.create_model(name, num_classes=0), ResNet):
-            raise InputError(
-                f"`width` other than 1 needs a ResNet; got {width} for {name!r}. Leave `width` at 1."
-            )
-        if pretrained:
-            raise InputError(
-                f"`pretrained` weights exist at `width` 1 only; got {width}. Set one of the two."
-            )
-    model = timm.create_model(
-        name, pretrained=pretrained, num_classes=0, in_chans=in_channels, **options
-    )
+    if width == 1.0:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=in_channels)
+    elif pretrained:
+        raise InputError(
+            f"`pretrained` weights exist at `width` 1 only; got {width}. Set one of the two."
+        )
+    else:
+        model = _wide_resnet(name, width, in_channels)
     # Some models put a hidden layer between the pooled features and the classifier.
     return model, int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
+
+
+def _wide_resnet(name: str, width: float, in_channels: int) -> nn.Module:
+    import timm
+    from timm.models.resnet import ResNet
+
+    narrow = timm.create_model(name, num_classes=0)
+    if not isinstance(narrow, ResNet):
+        raise InputError(
+            f"`width` other than 1 needs a ResNet; got {width} for {name!r}. Leave `width` at 1."
+        )
+    options: dict[str, Any] = {
+        "channels": tuple(round(64 * 2**stage * width) for stage in range(4)),
+        "stem_width": round(narrow.bn1.num_features * width / 2),  # type: ignore[operator, arg-type]
+    }
+    if isinstance(narrow.conv1, nn.Sequential):  # a deep stem, as wide as we say
+        return timm.create_model(name, num_classes=0, in_chans=in_channels, **options)
+    # timm's 7x7 stem has 64 channels at any width: build a deep one, put a 7x7 in its place.
+    model = timm.create_model(name, num_classes=0, stem_type="deep", **options)
+    model.conv1 = nn.Conv2d(in_channels, model.bn1.num_features, 7, 2, 3, bias=False)  # type: ignore[arg-type, union-attr]
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return model
 
 
 def _torchvision_model(name: str, in_channels: int, pretrained: bool) -> tuple[nn.Module, int]:
     import torchvision.models
 
-    options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    auxiliary = name in ("googlenet", "inception_v3")  # these have more classifiers, to be dropped
+    options = {"init_weights": True} if auxiliary and not pretrained else {}
     model: nn.Module = torchvision.models.get_model(
         name, weights="DEFAULT" if pretrained else None, **options
     )
-    if getattr(model, "aux_logits", False):
+    if auxiliary:
         model.aux_logits = False  # type: ignore[assignment]
+        for head in {"aux1", "aux2", "AuxLogits"} & dict(model.named_children()).keys():
+            setattr(model, head, None)
     linear_names = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear_names:
         raise InputError(
@@ -220,27 +239,28 @@ class Projector(nn.Sequential):
 def feature_width(encoder: nn.Module) -> int:
     """The feature width E of an encoder.
 
-    It is read from ``encoder.num_features``, else found by running one black image through it.
+    It is read from ``encoder.num_features``, else found by running black images through it.
 
     Raises:
-        InputError: neither works.
+        InputError: neither works, or the width depends on the size of the images.
     """
     width = getattr(encoder, "num_features", None)
     if isinstance(width, int):
         return width
     convs = [module for module in encoder.modules() if isinstance(module, nn.Conv2d)]
-    training = encoder.training
+    channels = convs[0].in_channels if convs else 3
+    modes = {module: module.training for module in encoder.modules()}
     try:
         with torch.no_grad():
-            image = torch.zeros(1, convs[0].in_channels if convs else 3, 64, 64)
-            features = encoder.eval()(image)
-        if features.dim() == 2:
-            return int(features.shape[1])
-        received = f"an output of shape {tuple(features.shape)}"
+            shapes = [encoder.eval()(torch.zeros(1, channels, s, s)).shape for s in (64, 96)]
+        if shapes[0] == shapes[1] and len(shapes[0]) == 2:
+            return int(shapes[0][1])
+        received = f"outputs {tuple(shapes[0])} and {tuple(shapes[1])} for 64 and 96 pixels"
     except Exception as error:
-        received = f"{type(error).__name__} for a 64x64 image"
+        received = f"{type(error).__name__} for an image of 64 pixels"
     finally:
-        encoder.train(training)
+        for module, mode in modes.items():  # not `train()`: frozen layers stay in evaluation mode
+            module.training = mode
     raise InputError(
         f"an encoder must map (n, C, H, W) to features (n, E); got {received}. "
         "Give the encoder an integer attribute `num_features`."

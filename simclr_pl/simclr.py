@@ -79,8 +79,9 @@ class SimCLR(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps images (n, C, H, W) to features (n, E), what downstream tasks use."""
-        if x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
+        if x.dim() == 4:  # images: as the weights, also in the precisions 64-true and bf16-true
+            dtype = next(self.encoder.parameters()).dtype
+            x = x.to(dtype=dtype, memory_format=torch.channels_last)
         return self.encoder(x)  # type: ignore[no-any-return]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -103,6 +104,7 @@ class SimCLR(LightningModule):
         z = self.projector(h)  # (V*B, D)
         loss = self.loss(z.view(-1, n_images, z.shape[1]))
         self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return {
             "loss": loss,
             "features": h.detach(),
@@ -138,6 +140,7 @@ class SimCLR(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimiser on the paper's parameter groups, its rate scaled, and the schedule by step."""
+        self.trainer.fit_loop.setup_data()  # Lightning skips it where only `max_steps` is given
         total_steps = self.trainer.estimated_stepping_batches
         if total_steps == float("inf"):
             raise InputError(

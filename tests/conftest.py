@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import os
+import sys
 
 # One thread: the ranks and workers of the tests share few cores, and sums keep one order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +12,7 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    monkeypatch.setattr(sys, "argv", ["simclr"])  # LightningCLI warns of pytest's own arguments

@@ -27,10 +27,6 @@ class KNNMonitor(Callback):
         k: neighbours.
         temperature: of the votes, exp(cosine / temperature), > 0.
 
-    Attributes:
-        bank: features (n, E) float32 and labels (n,) of this rank, from the latest validation.
-        query: the same of the query images.
-
     Raises:
         InputError: k < 1 or temperature <= 0; at the first validation, if no image is labelled.
     """
@@ -44,8 +40,6 @@ class KNNMonitor(Callback):
             )
         self.k, self.temperature = k, temperature
         self._parts: tuple[list[dict[str, Tensor]], ...] = ([], [])
-        self.bank: tuple[Tensor, Tensor] | None = None
-        self.query: tuple[Tensor, Tensor] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that there is something to vote with."""
@@ -58,7 +52,6 @@ class KNNMonitor(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets the previous features."""
         self._parts = ([], [])
-        self.bank = self.query = None
 
     def on_validation_batch_end(  # type: ignore[override]
         self,
@@ -74,16 +67,14 @@ class KNNMonitor(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Votes, and logs the accuracy over the queries of all ranks."""
-        self.bank, self.query = (_labelled(parts) for parts in self._parts)
+        bank, query = (_labelled(parts) for parts in self._parts)
         self._parts = ([], [])
         num_classes = trainer.datamodule.num_classes  # type: ignore[attr-defined]
         with torch.autocast(pl_module.device.type, enabled=False):
-            predicted = knn_predict(
-                *self.bank, self.query[0], num_classes, self.k, self.temperature
-            )
-        truth = gather_uneven_rows(self.query[1])
+            predicted = knn_predict(*bank, query[0], num_classes, self.k, self.temperature)
+        truth = gather_uneven_rows(query[1])
         top1 = (predicted == truth).float().mean()
-        pl_module.log("knn/top1", top1, prog_bar=True, sync_dist=False)
+        pl_module.log("knn/top1", top1, prog_bar=True, sync_dist=True)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]

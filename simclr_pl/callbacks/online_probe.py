@@ -43,15 +43,24 @@ class OnlineLinearProbe(Callback):
         self._stashed: dict[str, Any] | None = None
         self._top1: MulticlassAccuracy | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Builds the head, the same on all ranks."""
-        num_classes = trainer.datamodule.num_classes  # type: ignore[attr-defined]
-        if not num_classes:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks that there is something to learn."""
+        if stage == "fit" and not trainer.datamodule.num_classes:  # type: ignore[attr-defined]
             raise InputError(
                 "the online probe needs labelled images; got none. Set `probe` to null, or give the "
                 "images class folders."
             )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Builds the head, the same on all ranks."""
+        num_classes = trainer.datamodule.num_classes  # type: ignore[attr-defined]
         self._build(pl_module.num_features, num_classes, pl_module.device)  # type: ignore[arg-type]
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes a trained head from the checkpoint, where nothing is trained now."""
+        if self.head is None and self._stashed is not None:
+            num_classes = trainer.datamodule.num_classes  # type: ignore[attr-defined]
+            self._build(pl_module.num_features, num_classes, pl_module.device)  # type: ignore[arg-type]
 
     def _build(self, num_features: int, num_classes: int, device: torch.device) -> None:
         with torch.random.fork_rng(devices=[]):  # the encoder's random numbers stay as without us
@@ -143,7 +152,11 @@ class OnlineLinearProbe(Callback):
             return
         top1 = self._top1.compute()
         self._top1.reset()
-        pl_module.log("probe/top1", top1, prog_bar=True, sync_dist=False)
+        pl_module.log("probe/top1", top1, prog_bar=True, sync_dist=True)
+
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
+    on_test_epoch_end = on_validation_epoch_end
 
     def state_dict(self) -> dict[str, Any]:
         """Head and momentum, for the checkpoint."""

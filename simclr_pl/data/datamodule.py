@@ -40,7 +40,10 @@ class _ViewDataset(Dataset[Batch]):
         label = np.where(draw.positions < 0, -1, self.images.labels[position])
         batch: Batch = {"label": label, "index": draw.positions}
         if self.n_views:
-            batch["table"] = self.augment.draw(self.seed, draw.epoch, draw.positions, self.n_views)
+            table = self.augment.draw(self.seed, draw.epoch, draw.positions, self.n_views)
+            # Bits, not floats: Lightning's precisions 16-true to 64-true would convert these.
+            bits = {n: v.view(np.int32) for n, v in table.items() if v.dtype == np.float32}
+            batch["table"] = table | bits
         if isinstance(self.images, ResidentImages):
             height, width = (np.full(len(position), s) for s in self.images.pixels.shape[2:])
             batch["crops"] = self._crops(draw.epoch, draw.positions, height, width)
@@ -143,7 +146,7 @@ class ContrastiveDataModule(LightningDataModule):
         if not self._sets:
             self.source.open()
             bank = self.source.bank
-            labelled = np.flatnonzero(bank.labels >= 0)
+            labelled = np.flatnonzero((bank.labels >= 0) | (bank.labels.max(initial=-1) < 0))
             order = permutation(len(labelled), self.seed, Stream.SPLIT)
             bank = bank.subset(labelled[np.sort(order[: self.bank_size])])
             self._sets = {"train": self.source.train, "bank": bank, "query": self.source.query}
@@ -231,7 +234,9 @@ class ContrastiveDataModule(LightningDataModule):
         if isinstance(self._sets[name], ResidentImages):
             return 0
         ranks_here = self.trainer.num_devices if self.trainer else 1
-        return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+        on_linux = hasattr(os, "sched_getaffinity")  # elsewhere a process may use every core
+        cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
+        return max(1, cores // ranks_here)
 
     # The device stage.
 
@@ -259,7 +264,11 @@ class ContrastiveDataModule(LightningDataModule):
             pixels = self._pixels(name, batch["index"].device)[batch["index"].clamp(min=0)]
             images = crop_resize(pixels, batch["crops"], self.augment.size)
         if "table" in batch:
-            views = self.augment.apply(images, batch["table"])
+            table = {
+                name: value.view(torch.float32) if value.dtype == torch.int32 else value
+                for name, value in batch["table"].items()
+            }
+            views = self.augment.apply(images, table)
         else:
             views = self.augment.normalise(to_float(images[:, 0]))
         return {"views": views, "label": batch["label"], "index": batch["index"]}

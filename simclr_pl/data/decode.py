@@ -30,13 +30,20 @@ def read_image(path: str, channels: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return _pixels_of(ImageOps.exif_transpose(image), channels)
-    except OSError as error:
+    except Exception as error:  # on damaged files Pillow also raises SyntaxError, ValueError, ...
         raise InputError(
             f"every file must be a readable image; got {path!r}: {error}. Repair or remove it."
         ) from error
 
 
 def _pixels_of(image: Image.Image, channels: int) -> np.ndarray:
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise InputError(
+            f"images must have 8 or 16 bits a channel; got Pillow's mode {image.mode!r}, whose range "
+            "is unknown. Convert the images to 8 bits."
+        )
     array = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     return array if array.ndim == 3 else array[..., None]
 

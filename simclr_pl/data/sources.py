@@ -7,6 +7,7 @@ tensor in memory, or `StoredImages`, read one by one.
 Symbols: M images in a set, C channels, H x W pixels.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -297,7 +298,7 @@ class ImageFolder(Source):
         labels = np.array([number.get(part, -1) for part in first_part], np.int64)
         # One numpy array of bytes, not a list of strings: workers share its pages, for reading a
         # list's items writes their reference counts and so copies the pages into every worker.
-        names = np.array([str(p).encode() for p in paths])
+        names = np.array([os.fsencode(p) for p in paths])
         images = StoredImages(partial(_read_file, names, self.channels), labels)
         return _decode_all(images) if self.resident else images
 
@@ -307,7 +308,7 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _read_file(names: np.ndarray, channels: int, i: int) -> np.ndarray:
-    return read_image(names[i].decode(), channels)
+    return read_image(os.fsdecode(names[i]), channels)
 
 
 def _held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
@@ -397,9 +398,10 @@ def as_source(source: Source | Dataset[Any]) -> Source:
     """
     if isinstance(source, Source):
         return source
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+    is_path = isinstance(source, str)  # text has a length and items, too
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not is_path:
         return DatasetSource(source)
     raise InputError(
         f"`data.source` must be a Source or a Dataset with a length; got {type(source).__name__}. "
-        "Wrap it in `simclr_pl.data.DatasetSource`."
+        "Wrap a data set in `simclr_pl.data.DatasetSource`, a folder in `ImageFolder`."
     )

@@ -1,0 +1,42 @@
+# `make help` lists the commands.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell command -v $(p) 2>/dev/null)))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check format bench clean
+
+help: ## List the commands.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
+
+setup: $(VENV)/.installed ## Make the environment in .venv, if it is missing or out of date.
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python >= 3.11 is needed; found: $$("$(PYTHON)" --version 2>&1). Set PYTHON=/path/to/python."; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) \
+		|| { echo "The venv module is missing; on Debian: apt-get install python3-venv."; exit 1; }
+	@echo "Installing into $(VENV); the first time this takes a few minutes."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+run: setup ## Train on the embedded digits and print a table (about a minute).
+	@$(BIN)/simclr fit --config configs/quickstart.yaml
+
+test: setup ## Run the whole test suite.
+	@$(BIN)/python -m pytest
+
+check: setup ## Format, lint and types, as CI does.
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: setup ## Format the code.
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format .
+
+bench: setup ## Measure against peers; prints ratios.
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean: ## Remove the environment and caches; runs stay.
+	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache dist build
