@@ -46,7 +46,7 @@ class Augment:
         clean_fraction: share of the shorter side that the clean view's central square keeps.
 
     Raises:
-        InputError: a probability outside [0, 1], an empty range, or a size < 1.
+        InputError: a probability outside [0, 1], an empty range, or a size < 2.
     """
 
     def __init__(
@@ -97,9 +97,9 @@ class Augment:
                     f"`{name}` must be a range (low, high) with 0 < low <= high; got "
                     f"({low}, {high}). Set `data.augment`."
                 )
-        if self.size < 1 or not 0 <= self.strength * 0.2 <= 0.5:
+        if self.size < 2 or not 0 <= self.strength * 0.2 <= 0.5:
             raise InputError(
-                "`size` must be >= 1 and `strength` within [0, 2.5]; got "
+                "`size` must be >= 2 and `strength` within [0, 2.5]; got "
                 f"{self.size} and {self.strength}. Set `data.augment`."
             )
 

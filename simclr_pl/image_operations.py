@@ -43,7 +43,8 @@ def _resize_weights(start: Tensor, length: Tensor, size: int, full: int) -> Tens
     """Weights (..., S, full) of every input pixel in every output pixel along one axis."""
     scale = (length / size)[..., None, None]
     start, length = start[..., None, None], length[..., None, None]
-    centre = start + (torch.arange(size, device=start.device, dtype=start.dtype)[:, None] + 0.5) * scale  # (..., S, 1)
+    out = torch.arange(size, device=start.device, dtype=start.dtype)
+    centre = start + (out[:, None] + 0.5) * scale  # (..., S, 1)
     pixel = torch.arange(full, device=start.device, dtype=start.dtype) + 0.5
     weights = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp_(min=0)
     weights = weights * ((pixel > start) & (pixel < start + length))

@@ -124,6 +124,11 @@ def _wide_resnet(name: str, width: float, in_channels: int) -> nn.Module:
 def _torchvision_model(name: str, in_channels: int, pretrained: bool) -> tuple[nn.Module, int]:
     import torchvision.models
 
+    if pretrained and in_channels != 3:
+        raise InputError(
+            f"torchvision's `pretrained` weights need 3 channels; got {in_channels} for {name!r}. "
+            "Name a timm model, or set one of the two."
+        )
     auxiliary = name in ("googlenet", "inception_v3")  # these have more classifiers, to be dropped
     options = {"init_weights": True} if auxiliary and not pretrained else {}
     model: nn.Module = torchvision.models.get_model(

@@ -146,7 +146,10 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ),
         (["--data.global_batch_size", "2000"], "got 1347 images for `global_batch_size` 2000"),
         (["--data.source", "ImageFolder", "--data.source.root", "/nowhere"], "does not exist"),
-        (["--model.encoder", "simclr_pl.Encoder", "--model.encoder.name", "resnet19"], "got 'resnet19'"),
+        (
+            ["--model.encoder", "simclr_pl.Encoder", "--model.encoder.name", "resnet19"],
+            "got 'resnet19'",
+        ),
         (["--data.global_batch_size", "0"], "`global_batch_size` must be >= 1; got 0"),
     ],
 )

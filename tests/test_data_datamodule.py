@@ -1,0 +1,538 @@
+"""The data module: the same views at any number of ranks and workers, and what a batch holds."""
+
+import hashlib
+import multiprocessing
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
+from ranks import on_ranks
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from simclr_pl import ContrastiveDataModule, InputError
+from simclr_pl.augment import Augment, digits, simclr_imagenet
+from simclr_pl.data import DatasetSource, Digits, ImageFolder, Source
+from simclr_pl.data.decode import cut_crops, read_image
+from simclr_pl.image_operations import to_float
+
+SIZES = [(20, 30), (33, 17), (24, 24), (40, 16)]
+
+
+def noise(seed: int, height: int = 6, width: int = 8, channels: int = 3) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """26 JPEGs of four sizes in two classes to learn from, 7 to evaluate on."""
+    root = tmp_path_factory.mktemp("jpegs")
+    for i in range(33):
+        path = root / ("train" if i < 26 else "val") / ("ape", "bee")[i % 2] / f"{i:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(i, *SIZES[i % 4])).save(path)
+    return str(root)
+
+
+# The main claim, in real fits.
+
+Row = tuple[int, int, int, tuple[str, ...]]  # epoch, index, label, a hash of each view
+
+
+class Recorder(LightningModule):
+    """Writes down every row that a step is given; learns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.rows: dict[str, list[Row]] = {"train": [], "bank": [], "query": [], "predict": []}
+        self.sizes: dict[str, list[int]] = {name: [] for name in self.rows}
+
+    def write(self, name: str, batch: dict[str, Tensor]) -> None:
+        count = len(batch["index"])
+        views = batch["views"].unflatten(0, (-1, count)).numpy()  # (V, B, C, S, S)
+        self.sizes[name].append(count)
+        for i in range(count):
+            hashes = tuple(hashlib.sha1(v[i].tobytes()).hexdigest() for v in views)
+            index, label = int(batch["index"][i]), int(batch["label"][i])
+            self.rows[name].append((self.current_epoch, index, label, hashes))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.write("train", batch)
+        return self.weight.sum()
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        self.write(("bank", "query")[dataloader_idx], batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        self.write("predict", batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class WatchedModule(ContrastiveDataModule):
+    """Writes down what arrives from the loaders, before the device stage."""
+
+    arrived: set[tuple[str, torch.dtype, int]]
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.arrived |= set(described(batch))
+        return batch
+
+
+def described(batch: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.dtype, int]]:
+    """Name, dtype and number of axes of every tensor of a batch."""
+    for name, value in batch.items():
+        if isinstance(value, dict):
+            yield from described(value, f"{name}.")
+        else:
+            yield prefix + name, value.dtype, value.dim()
+
+
+def watched(source: Source, **options: Any) -> WatchedModule:
+    data = WatchedModule(source, **options)
+    data.arrived = set()
+    return data
+
+
+def trainer_of(devices: int = 1, **options: Any) -> Trainer:
+    return Trainer(
+        devices=devices,
+        accelerator="cpu",
+        strategy="ddp" if devices > 1 else "auto",
+        max_epochs=2,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def data_of(root: str | None, **options: Any) -> WatchedModule:
+    """The folder with every operation of the augmentation, or the digits in memory."""
+    if root is None:
+        return watched(Digits(), global_batch_size=448, bank_size=45, eval_batch_size=32, **options)
+    augment = simclr_imagenet(16, rotation=20.0, shift=0.1, solarise=0.3)
+    return watched(
+        ImageFolder(root), global_batch_size=8, augment=augment, eval_batch_size=3, **options
+    )
+
+
+def fit_and_predict(root: str | None, num_workers: int) -> tuple[Any, Any, Any]:
+    # The harness makes its ranks daemons, which may have no children, and starts children by a
+    # server of their own; real ranks fork their workers.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    multiprocessing.set_start_method("fork", force=True)
+    world_size = torch.distributed.get_world_size()
+    module, data = Recorder(), data_of(root, num_workers=num_workers)
+    trainer = trainer_of(world_size)
+    trainer.fit(module, datamodule=data)
+    trainer.predict(module, datamodule=data)
+    return module.rows, module.sizes, data.arrived
+
+
+SETTINGS = [(1, 0), (1, 2), (2, 0), (2, 2)]  # ranks, workers
+
+
+@pytest.fixture(scope="module", params=["digits in memory", "folder of JPEGs"])
+def runs(request: pytest.FixtureRequest, folder: str) -> dict[tuple[int, int], list[Any]]:
+    """For each setting, what each rank saw."""
+    root = None if request.param == "digits in memory" else folder
+    return {(w, workers): on_ranks(w, fit_and_predict, root, workers) for w, workers in SETTINGS}
+
+
+def rows_of(ranks: list[Any], name: str) -> list[Row]:
+    return [row for rows, _, _ in ranks for row in rows[name]]
+
+
+def test_views_are_identical_at_any_number_of_ranks_and_workers(
+    runs: dict[tuple[int, int], list[Any]],
+) -> None:
+    alone = sorted(rows_of(runs[1, 0], "train"))
+    assert len(alone) in (2 * 3 * 448, 2 * 3 * 8)  # three steps in each of two epochs
+    assert len({row[:2] for row in alone}) == len(alone)  # no image twice in an epoch
+    assert len({h for *_, hashes in alone for h in hashes}) == 2 * len(alone)  # no two views alike
+    for setting in SETTINGS[1:]:
+        assert sorted(rows_of(runs[setting], "train")) == alone, setting
+
+
+def test_two_ranks_take_the_halves_of_the_global_batches_of_one(
+    runs: dict[tuple[int, int], list[Any]],
+) -> None:
+    for workers in (0, 2):
+        alone = [row[:2] for row in rows_of(runs[1, workers], "train")]
+        halves = [[row[:2] for row in rows["train"]] for rows, _, _ in runs[2, workers]]
+        batch = len(alone) // 6
+        steps = zip(*[iter(halves[0])] * (batch // 2), strict=True)
+        others = zip(*[iter(halves[1])] * (batch // 2), strict=True)
+        assert [row for a, b in zip(steps, others, strict=True) for row in a + b] == alone
+
+
+def test_the_epoch_reaches_the_views_also_with_persistent_workers(
+    runs: dict[tuple[int, int], list[Any]],
+) -> None:
+    for setting in SETTINGS:
+        views = {row[:2]: row[3] for row in rows_of(runs[setting], "train")}
+        both = [index for epoch, index in views if epoch == 0 and (1, index) in views]
+        assert len(both) > 10
+        assert all(not set(views[0, i]) & set(views[1, i]) for i in both), setting
+        orders = [[i for e, i, *_ in rows_of(runs[setting], "train") if e == n] for n in (0, 1)]
+        assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("name", ["bank", "query", "predict"])
+def test_clean_views_come_once_each_and_are_identical_at_any_number_of_ranks_and_workers(
+    runs: dict[tuple[int, int], list[Any]], name: str
+) -> None:
+    alone = sorted(rows_of(runs[1, 0], name))
+    passes = 1 if name == "predict" else 2
+    assert [row[1] for row in alone] == list(range(len(alone) // passes)) * passes
+    assert len({row[1:] for row in alone}) == len(alone) // passes  # the same in both epochs
+    assert all(len(row[3]) == 1 for row in alone)
+    for setting in SETTINGS[1:]:
+        found = rows_of(runs[setting], name)
+        assert sorted(row for row in found if row[1] >= 0) == alone, setting
+        assert all(row[2] == -1 for row in found if row[1] < 0)  # padding has no label
+        sizes = [rank_sizes[name] for _, rank_sizes, _ in runs[setting]]
+        assert all(s == sizes[0] for s in sizes)  # every rank takes part in every collective
+
+
+def test_only_uint8_images_and_integers_leave_a_worker(
+    runs: dict[tuple[int, int], list[Any]],
+) -> None:
+    for setting in SETTINGS:
+        for _, _, arrived in runs[setting]:
+            assert not [name for name, dtype, _ in arrived if dtype.is_floating_point]
+            images = {(name, dtype) for name, dtype, axes in arrived if axes > 3}
+            names = {name for name, _, _ in arrived}
+            if "images" in names:
+                assert images == {("images", torch.uint8)}
+            else:  # in memory: the crops of pixels that are on the device already
+                assert not images
+                assert "crops" in names
+
+
+# The batch, against a slow oracle.
+
+
+def batches(data: ContrastiveDataModule, loader: Any, name: str) -> list[dict[str, Tensor]]:
+    return [data.make_views(batch, name) for batch in loader]
+
+
+@pytest.mark.parametrize("n_views", [2, 3])
+def test_a_training_batch_equals_views_made_one_by_one(folder: str, n_views: int) -> None:
+    augment = simclr_imagenet(16)
+    data = ContrastiveDataModule(
+        ImageFolder(folder), 8, n_views, augment=augment, seed=5, num_workers=0
+    )
+    data.setup()
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(3)  # type: ignore[attr-defined]
+    paths = sorted(Path(folder, "train").rglob("*.jpg"))
+    found = batches(data, loader, "train")
+    assert len(found) == len(loader) == 3
+    for batch in found:
+        assert set(batch) == {"views", "label", "index"}
+        assert batch["views"].shape == (n_views * 8, 3, 16, 16)
+        assert batch["views"].dtype == torch.float32
+        assert batch["label"].shape == batch["index"].shape == (8,)
+        assert batch["label"].dtype == batch["index"].dtype == torch.int64
+        for i, (index, label) in enumerate(zip(batch["index"], batch["label"], strict=True)):
+            pixels = read_image(str(paths[index]), 3)
+            assert ("ape", "bee")[label] == paths[index].parent.name
+            key = index.numpy()[None]
+            sides = np.array([pixels.shape[:1], pixels.shape[1:2]])
+            images = np.empty((1, n_views, 3, 16, 16), np.uint8)
+            cut_crops(pixels, augment.draw_crops(5, 3, key, n_views, *sides)[0], 16, images[0])
+            table = {k: torch.from_numpy(v) for k, v in augment.draw(5, 3, key, n_views).items()}
+            expected = augment.apply(torch.from_numpy(images), table)  # (V, C, S, S)
+            rows = batch["views"][i::8]  # all of view 0 come first
+            torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
+
+
+def test_a_clean_batch_is_the_normalised_central_square(folder: str) -> None:
+    augment = simclr_imagenet(16, clean_fraction=0.5)
+    data = ContrastiveDataModule(
+        ImageFolder(folder), 8, augment=augment, num_workers=0, eval_batch_size=4
+    )
+    data.setup()
+    loaders = data.val_dataloader()
+    paths = [sorted(Path(folder, split).rglob("*.jpg")) for split in ("train", "val")]
+    mean, std = (torch.tensor(getattr(augment, name))[:, None, None] for name in ("mean", "std"))
+    for loader, name, files in zip(loaders, ("bank", "query"), paths, strict=True):
+        found = batches(data, loader, name)
+        index = torch.cat([batch["index"] for batch in found])
+        assert index.tolist() == list(range(len(files)))
+        views = torch.cat([batch["views"] for batch in found])
+        assert views.dtype == torch.float32
+        for view, path in zip(views, files, strict=True):
+            pixels = read_image(str(path), 3)
+            height, width = pixels.shape[:2]
+            side = round(min(height, width) / 2)
+            top, left = (height - side) // 2, (width - side) // 2
+            square = Image.fromarray(pixels[top : top + side, left : left + side])
+            small = np.array(square.resize((16, 16), Image.Resampling.BILINEAR))
+            expected = (to_float(torch.from_numpy(small).permute(2, 0, 1)) - mean) / std
+            torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
+
+
+def test_a_resident_batch_has_the_given_views_of_its_rows() -> None:
+    data = ContrastiveDataModule(Digits(), 10, 3, seed=1)
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    assert set(batch) == {"index", "label", "table", "crops"}  # no pixel travels
+    views = data.make_views(batch, "train")["views"]
+    assert views.shape == (30, 1, 32, 32)
+    augment, index = digits(), batch["index"].numpy()
+    train = data.source.train
+    for i, position in enumerate(index):
+        side = np.array([32])
+        crops = augment.draw_crops(1, 0, index[i : i + 1], 3, side, side)[0]
+        pixels = train.pixels[position].permute(1, 2, 0).numpy()  # type: ignore[union-attr]
+        images = np.empty((1, 3, 1, 32, 32), np.uint8)
+        cut_crops(pixels, crops, 32, images[0])
+        table = augment.draw(1, 0, index[i : i + 1], 3)
+        expected = augment.apply(
+            torch.from_numpy(images), {k: torch.from_numpy(v) for k, v in table.items()}
+        )
+        # one grey level of the crop, through the normalisation
+        torch.testing.assert_close(views[i::10], expected, rtol=0, atol=1.01 / 255 / augment.std[0])
+        assert batch["label"][i] == train.labels[position]
+
+
+PLAIN = Augment(size=12, jitter=0.0, grey=0.0, blur=0.0, mean=(0.0,), std=(1.0,))
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_resident_and_stored_folder_agree_within_one_grey_level(tmp_path: Path, grey: bool) -> None:
+    for i in range(30):
+        path = tmp_path / f"{i % 3}" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(noise(i, 25, 18)).save(path)
+    modules = [
+        ContrastiveDataModule(
+            ImageFolder(str(tmp_path), resident=resident, grey=grey),
+            9,
+            augment=PLAIN,
+            num_workers=0,
+        )
+        for resident in (False, True)
+    ]
+    for data in modules:
+        data.setup()
+    for name in ("train", "bank", "query"):
+        loaders = [
+            data.train_dataloader() if name == "train" else data._clean_loader(name)
+            for data in modules
+        ]
+        stored, resident = (batches(d, x, name) for d, x in zip(modules, loaders, strict=True))
+        assert len(stored) == len(resident) > 0
+        for a, b in zip(stored, resident, strict=True):
+            assert torch.equal(a["index"], b["index"])
+            assert torch.equal(a["label"], b["label"])
+            assert a["views"].shape[1:] == (1 if grey else 3, 12, 12)
+            assert (a["views"] - b["views"]).abs().max() <= 1 / 255 + 1e-6
+            assert a["views"].std() > 0.05
+
+
+# The bank.
+
+
+def labelled(count: int, **options: Any) -> ContrastiveDataModule:
+    """Image i is all of brightness i and its label is i, or -1 for every third one."""
+    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
+    labels = [-1 if i % 3 == 0 else i for i in range(count)]
+    augment = Augment(size=8, mean=(0.0,), std=(1.0,))
+    train = TensorDataset(images)
+    source = DatasetSource(train, query=train, labels=labels, channels=1)
+    data = ContrastiveDataModule(source, 4, augment=augment, num_workers=0, **options)
+    data.setup()
+    return data
+
+
+def bank_of(data: ContrastiveDataModule) -> list[tuple[int, int]]:
+    """Brightness and label of each image in the bank."""
+    found = batches(data, data.val_dataloader()[0], "bank")
+    views, label = (torch.cat([batch[name] for batch in found]) for name in ("views", "label"))
+    return [(round(float(v.mean()) * 255), int(n)) for v, n in zip(views, label, strict=True)]
+
+
+def test_the_bank_holds_exactly_the_labelled_images() -> None:
+    assert bank_of(labelled(60)) == [(i, i) for i in range(60) if i % 3]
+    assert bank_of(labelled(60, bank_size=40)) == [(i, i) for i in range(60) if i % 3]
+
+
+def test_bank_size_takes_a_subset_that_depends_on_the_seed_alone() -> None:
+    banks = [bank_of(labelled(60, bank_size=15, seed=seed)) for seed in (0, 0, 1)]
+    for bank in banks:
+        assert len(set(bank)) == 15
+        assert set(bank) < set(bank_of(labelled(60)))
+    assert banks[0] == banks[1] != banks[2]
+    assert max(banks[0]) > (30, 30) > min(banks[0])  # not the first ones
+
+
+def test_a_smaller_bank_is_part_of_a_larger_one() -> None:
+    small, large = (set(bank_of(labelled(60, bank_size=n))) for n in (10, 20))
+    assert small < large
+
+
+def test_training_still_sees_the_unlabelled_images() -> None:
+    data = labelled(60, bank_size=10)
+    found = torch.cat([b["index"] for b in batches(data, data.train_dataloader(), "train")])
+    assert sorted(found.tolist()) == list(range(60))
+
+
+@pytest.mark.parametrize(("labels", "classes"), [(None, 0), ([-1] * 20, 0), ([3, 7] * 10, 8)])
+def test_num_classes_counts_up_to_the_largest_label_and_is_0_without_any(
+    labels: list[int] | None, classes: int
+) -> None:
+    images = TensorDataset(torch.zeros(20, 3, 8, 8, dtype=torch.uint8))
+    data = ContrastiveDataModule(DatasetSource(images, labels=labels), 4)
+    data.setup()
+    assert data.num_classes == classes
+
+
+def test_where_no_image_is_labelled_the_bank_holds_all_without_labels() -> None:
+    images = TensorDataset(torch.zeros(20, 3, 8, 8, dtype=torch.uint8))
+    data = ContrastiveDataModule(
+        DatasetSource(images, query=images), 4, augment=simclr_imagenet(8), num_workers=0
+    )
+    data.setup()
+    (batch,) = batches(data, data.val_dataloader()[0], "bank")
+    assert batch["index"].tolist() == list(range(20))
+    assert batch["label"].tolist() == [-1] * 20
+
+
+# A data set of the user's own; describing; workers.
+
+
+class Squares(Dataset):
+    targets = tuple(i % 4 for i in range(40))
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(noise(i, 10 + i % 5, 12)), self.targets[i]
+
+
+def test_a_data_set_is_accepted_directly_and_trained_on() -> None:
+    data = ContrastiveDataModule(Squares(), 9, augment=simclr_imagenet(8), num_workers=0)
+    module = Recorder()
+    trainer_of().fit(module, datamodule=data)
+    assert len(module.rows["train"]) == 2 * 36
+    assert len(module.rows["bank"]) == 2 * 36
+    assert len(module.rows["query"]) == 2 * 4
+    assert data.num_classes == 4
+    assert {row[2] for row in module.rows["train"]} == {0, 1, 2, 3}
+
+
+def test_describe_names_the_source_the_counts_and_where_the_images_are(folder: str) -> None:
+    data = ContrastiveDataModule(Digits(), bank_size=1000)
+    data.setup()
+    line = "Digits: 1,347 train, 1,000 bank, 450 query images, in memory"
+    assert data.describe() == line
+    data = ContrastiveDataModule(ImageFolder(folder), 8, num_workers=3)
+    data.setup()
+    assert data.describe() == "ImageFolder: 26 train, 26 bank, 7 query images, read by 3 workers"
+
+
+def test_workers_default_to_none_in_memory_and_to_the_cores_for_files(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = ContrastiveDataModule(ImageFolder(folder), 8)
+    for data, workers in (
+        (ContrastiveDataModule(Digits()), 0),
+        (stored, len(os.sched_getaffinity(0))),
+    ):
+        data.setup()
+        assert data.train_dataloader().num_workers == workers
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS and Windows
+    assert stored.train_dataloader().num_workers == os.cpu_count()
+
+
+def test_what_a_worker_gets_can_be_pickled_as_the_start_method_spawn_needs(folder: str) -> None:
+    for source in (Digits(), ImageFolder(folder), Squares()):
+        data = ContrastiveDataModule(source, 8, augment=simclr_imagenet(8), num_workers=0)
+        data.setup()
+        for loader in (data.train_dataloader(), *data.val_dataloader()):
+            copy = pickle.loads(pickle.dumps(loader.dataset))
+            draw = next(iter(loader.sampler))
+            assert flat(copy[draw]) == flat(loader.dataset[draw])
+
+
+def flat(batch: dict[str, Any]) -> dict[str, Any]:
+    return {k: flat(v) if isinstance(v, dict) else v.tolist() for k, v in batch.items()}
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"global_batch_size": 0}, "`global_batch_size` must be >= 1; got 0. Set `data.global"),
+        ({"n_views": 1}, "`n_views` must be >= 2; got 1. Set `data.n_views`"),
+        ({"bank_size": 0}, "`bank_size` must be >= 1; got 0"),
+        ({"eval_batch_size": -1}, "`eval_batch_size` must be >= 1; got -1"),
+    ],
+)
+def test_numbers_that_are_too_small_raise_input_error(options: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ContrastiveDataModule(Digits(), **options)
+
+
+def test_the_smallest_allowed_numbers_give_a_batch() -> None:
+    data = ContrastiveDataModule(Digits(), 1, 2, bank_size=1, eval_batch_size=1)
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    assert data.make_views(batch, "train")["views"].shape == (2, 1, 32, 32)
+    assert len(data.val_dataloader()[0]) == 1
+
+
+def test_a_source_that_is_none_raises_input_error() -> None:
+    with pytest.raises(InputError, match="must be a Source or a Dataset with a length; got int"):
+        ContrastiveDataModule(7)  # type: ignore[arg-type]
+
+
+def test_a_set_smaller_than_the_global_batch_raises_input_error(folder: str) -> None:
+    data = ContrastiveDataModule(ImageFolder(folder), 27, num_workers=0)
+    with pytest.raises(InputError, match=r"got 26 images for `global_batch_size` 27.*at most 26"):
+        trainer_of().fit(Recorder(), datamodule=data)
+    data.setup("validate")  # evaluation needs no whole batch
+    data = ContrastiveDataModule(ImageFolder(folder), 26, num_workers=0)
+    data.setup()
+    assert len(data.train_dataloader()) == 1
+
+
+def fit_with_batch(global_batch_size: int) -> str:
+    module, data = Recorder(), ContrastiveDataModule(Digits(), global_batch_size)
+    try:
+        trainer_of(2, limit_train_batches=1, limit_val_batches=0).fit(module, datamodule=data)
+    except InputError as error:
+        return str(error)
+    return f"{module.sizes['train']}"
+
+
+def test_a_batch_that_does_not_divide_by_the_ranks_raises_on_every_rank() -> None:
+    messages = on_ranks(2, fit_with_batch, 9)
+    expected = (
+        "must divide by the number of ranks; got 9 for 2 ranks. Set `data.global_batch_size` to 10."
+    )
+    assert len(messages) == 2
+    assert all(expected in message for message in messages), messages
+
+
+def test_a_batch_that_divides_by_the_ranks_gives_each_its_share() -> None:
+    assert on_ranks(2, fit_with_batch, 10) == ["[5, 5]"] * 2

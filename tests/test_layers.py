@@ -1,0 +1,42 @@
+"""Imports point down, as in section 2 of the design; importing the package alone costs nothing."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import simclr_pl
+
+L0 = {"distributed", "keyed_random", "losses", "augment", "image_operations", "models", "optim"}
+L0, L1, L2 = L0 | {"metrics", "errors"}, {"data"}, {"simclr", "callbacks", "evaluation"}
+L3 = {"cli", "export", "report", "doctor", "__main__"}
+MAY_IMPORT = ((L0, L0), (L1, L0 | L1), (L2, L0 | L2), (L3, L0 | L1 | L2 | L3))
+
+
+def imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{'.' * node.level}{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_point_down() -> None:
+    root = Path(simclr_pl.__file__).parent
+    for file in set(root.rglob("*.py")) - {root / "__init__.py"}:
+        part = file.relative_to(root).parts[0].removesuffix(".py")
+        allowed = next((below for layer, below in MAY_IMPORT if part in layer), None)
+        assert allowed, f"{file} is in no layer: place {part!r} in tests/test_layers.py"
+        for name in imports(file):
+            top, *inner = name.split(".")[:2]
+            assert top, f"{file}: make the import of {name} absolute"
+            assert part not in L0 or "lightning" not in top, f"{file} must not import {name}"
+            if top == "simclr_pl" and inner:
+                module = simclr_pl._MODULE_OF.get(inner[0], inner[0])
+                assert module in allowed, f"{file} must not import {name}"
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, simclr_pl; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
