@@ -1,7 +1,8 @@
 # `make help` lists the commands.
 VENV := .venv
 BIN := $(VENV)/bin
-PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell command -v $(p) 2>/dev/null)))
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test check format bench clean
@@ -12,8 +13,8 @@ help: ## List the commands.
 setup: $(VENV)/.installed ## Make the environment in .venv, if it is missing or out of date.
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "Python >= 3.11 is needed; found: $$("$(PYTHON)" --version 2>&1). Set PYTHON=/path/to/python."; exit 1; }
+	@test -n "$(PYTHON)" \
+		|| { echo "Python >= 3.11 is needed and was not found. Set PYTHON=/path/to/python."; exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) \
 		|| { echo "The venv module is missing; on Debian: apt-get install python3-venv."; exit 1; }
 	@echo "Installing into $(VENV); the first time this takes a few minutes."

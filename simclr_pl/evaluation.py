@@ -88,12 +88,11 @@ def score(bank: Labelled, query: Labelled, num_classes: int) -> Scores:
         query: of this rank.
         num_classes: number of classes.
     """
-    with torch.autocast(bank.features.device.type, enabled=False):
-        truth = gather_uneven_rows(query.labels)
-        by_knn = knn_predict(*bank, query.features, num_classes)
-        features, labels = (gather_uneven_rows(part) for part in bank)
-        queries = gather_uneven_rows(query.features)
-        by_line = linear_predict(features, labels, queries, num_classes)
+    truth = gather_uneven_rows(query.labels)
+    by_knn = knn_predict(*bank, query.features, num_classes)
+    features, labels = (gather_uneven_rows(part) for part in bank)
+    queries = gather_uneven_rows(query.features)
+    by_line = linear_predict(features, labels, queries, num_classes)
     return Scores(*(float((p == truth).float().mean()) for p in (by_knn, by_line)))
 
 

@@ -35,7 +35,9 @@ def on_ranks(
     for rank in range(world_size):
         ours, theirs = _context.Pipe(duplex=False)
         process = _context.Process(
-            target=_main, args=(rank, world_size, port, theirs, function, args), daemon=True
+            target=_main,
+            args=(rank, world_size, port, os.getcwd(), theirs, function, args),
+            daemon=True,
         )
         process.start()
         theirs.close()
@@ -67,7 +69,13 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
 
 
 def _main(
-    rank: int, world_size: int, port: int, pipe: Connection, function: Any, args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    port: int,
+    folder: str,
+    pipe: Connection,
+    function: Any,
+    args: tuple[Any, ...],
 ) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
@@ -77,6 +85,7 @@ def _main(
         NODE_RANK="0",
         WORLD_SIZE=str(world_size),
     )
+    os.chdir(folder)
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world_size)

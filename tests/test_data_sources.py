@@ -521,3 +521,26 @@ def test_subsets_keep_pixels_and_labels_together_in_the_given_order() -> None:
         assert content(subset.subset(np.array([2, 0]))) == [
             (pixels[i].tobytes(), 10 * i) for i in (5, 4)
         ]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1])
+def test_a_query_fraction_that_is_no_share_is_refused(fraction: float) -> None:
+    with pytest.raises(InputError, match=r"`query_fraction` must be within \(0, 1\); got"):
+        ImageFolder("images", query_fraction=fraction)
+
+
+def test_a_subset_of_a_labelled_data_set_keeps_its_labels() -> None:
+    class Labelled(torch.utils.data.Dataset):
+        targets = (3, 1, 4, 1, 5)
+
+        def __len__(self) -> int:
+            return 5
+
+        def __getitem__(self, i: int) -> np.ndarray:
+            return np.full((4, 4, 3), i, np.uint8)
+
+    subset = torch.utils.data.Subset(Labelled(), [4, 0, 2])
+    source = DatasetSource(subset, query=Labelled())
+    source.open()
+    assert source.train.labels.tolist() == [5, 3, 4]
+    assert source.train.read(1)[0, 0, 0] == 0

@@ -70,8 +70,7 @@ class KNNMonitor(Callback):
         bank, query = (_labelled(parts) for parts in self._parts)
         self._parts = ([], [])
         num_classes = trainer.datamodule.num_classes  # type: ignore[attr-defined]
-        with torch.autocast(pl_module.device.type, enabled=False):
-            predicted = knn_predict(*bank, query[0], num_classes, self.k, self.temperature)
+        predicted = knn_predict(*bank, query[0], num_classes, self.k, self.temperature)
         truth = gather_uneven_rows(query[1])
         top1 = (predicted == truth).float().mean()
         pl_module.log("knn/top1", top1, prog_bar=True, sync_dist=True)

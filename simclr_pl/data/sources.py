@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from simclr_pl.augment import Augment, digits, simclr_cifar, simclr_imagenet
 from simclr_pl.data.decode import EXTENSIONS, read_image, to_pixels
@@ -167,7 +167,7 @@ class _TorchvisionSource(Source):
     def _guarded(self, split: str, download: bool) -> ResidentImages:
         try:
             return self._load(split, download)
-        except RuntimeError as error:  # torchvision's word for missing or damaged files
+        except (RuntimeError, OSError) as error:  # missing or damaged files; no network
             raise InputError(
                 f"`data.source.root` must hold {type(self).__name__}; got {self.root!r}: {error} "
                 "Set `data.source.download` to true, or `data.source.root` to its folder."
@@ -256,12 +256,17 @@ class ImageFolder(Source):
         grey: read one channel instead of three.
 
     Raises:
-        InputError: the folder is missing or holds no image.
+        InputError: the folder is missing or holds no image, or ``query_fraction`` is not a share.
     """
 
     def __init__(
         self, root: str, query_fraction: float = 0.1, resident: bool = False, grey: bool = False
     ) -> None:
+        if not 0 < query_fraction < 1:
+            raise InputError(
+                f"`query_fraction` must be within (0, 1); got {query_fraction}. Set "
+                "`data.source.query_fraction`."
+            )
         self.root = Path(root)
         self.query_fraction = query_fraction
         self.resident = resident
@@ -370,8 +375,7 @@ class DatasetSource(Source):
         self.query = everything.subset(np.flatnonzero(kept))
 
     def _images(self, dataset: Any, labels: Sequence[int] | None) -> StoredImages:
-        for name in ("targets", "labels"):
-            labels = getattr(dataset, name, None) if labels is None else labels
+        labels = _labels_of(dataset) if labels is None else labels
         count = len(dataset)
         if count == 0:
             raise InputError("a data set must hold images; got an empty one. Check `data.source`.")
@@ -383,6 +387,15 @@ class DatasetSource(Source):
             )
         read = partial(_read_item, dataset, self.channels)
         return StoredImages(read, table.astype(np.int64))
+
+
+def _labels_of(dataset: Any) -> Any:
+    if isinstance(dataset, Subset):
+        labels = _labels_of(dataset.dataset)
+        return None if labels is None else np.asarray(labels)[dataset.indices]
+    return next(
+        (v for n in ("targets", "labels") if (v := getattr(dataset, n, None)) is not None), None
+    )
 
 
 def _read_item(dataset: Any, channels: int, i: int) -> np.ndarray:
