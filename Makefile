@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format bench clean
+.PHONY: help setup run test check format bench bench-loss bench-batch clean
 
 help: ## List the commands.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
@@ -36,8 +36,19 @@ format: setup ## Format the code.
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format .
 
-bench: setup ## Measure against peers; prints ratios.
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+bench: bench-loss bench-batch ## Measure against peers; prints ratios.
+
+bench-loss: $(VENV)/.bench ## The loss: time on one and two threads, memory.
+	@$(BIN)/python benchmarks/loss.py
+	@$(BIN)/python benchmarks/loss.py --threads 2 --rivals simclr_pl textbook
+	@$(BIN)/python benchmarks/loss.py --memory
+
+bench-batch: setup ## A batch of 4,096 images, whole and in chunks: memory.
+	@$(BIN)/python benchmarks/large_batch.py
+
+$(VENV)/.bench: $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
 
 clean: ## Remove the environment and caches; runs stay.
 	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache dist build

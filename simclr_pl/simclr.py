@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from simclr_pl.chunks import encode_in_chunks
 from simclr_pl.errors import InputError
 from simclr_pl.keyed_random import Stream, keys
-from simclr_pl.losses import NTXentLoss
+from simclr_pl.losses import NTXentLoss, Statistics
 from simclr_pl.models import Projector, feature_width
 from simclr_pl.optim import LARS, LRScaling, lr_factor, parameter_groups, warmup_cosine
 
@@ -32,6 +33,9 @@ class SimCLR(LightningModule):
         encoder: maps images (n, C, H, W) to features (n, E), e.g. `Encoder` or `ConvEncoder`.
         projector: maps features to projections (n, D): a module, or a callable that makes one from E.
         temperature: divides the similarities in the loss.
+        loss: makes the loss from the temperature, or is the loss.
+        encode_chunk: views encoded at a time, to train with batches whose activations do not fit; see
+            `simclr_pl.chunks.encode_in_chunks`. By default all at once.
         optimizer: makes the optimiser from parameter groups; its learning rate is the base rate.
         lr_scaling: how the base rate grows with the global batch: "linear" batch / 256, "sqrt"
             sqrt(batch), or "none".
@@ -42,7 +46,8 @@ class SimCLR(LightningModule):
         num_features: the feature width E.
 
     Raises:
-        InputError: temperature <= 0, warmup_epochs < 0, or the encoder's output is no feature vector.
+        InputError: temperature <= 0, warmup_epochs < 0, encode_chunk < 1, or the encoder's output is no
+            feature vector.
     """
 
     def __init__(
@@ -50,6 +55,8 @@ class SimCLR(LightningModule):
         encoder: nn.Module,
         projector: Callable[[int], nn.Module] = Projector,
         temperature: float = 0.5,
+        loss: Callable[[float], NTXentLoss] = NTXentLoss,
+        encode_chunk: int | None = None,
         optimizer: Callable[[Iterable[Any]], Optimizer] = LARS,
         lr_scaling: LRScaling = "linear",
         warmup_epochs: float = 10.0,
@@ -60,18 +67,23 @@ class SimCLR(LightningModule):
             raise InputError(
                 f"`warmup_epochs` must be >= 0; got {warmup_epochs}. Set `model.warmup_epochs`."
             )
+        if encode_chunk is not None and encode_chunk < 1:
+            raise InputError(
+                f"`encode_chunk` must be >= 1; got {encode_chunk}. Set `model.encode_chunk`, or null."
+            )
         # From the command line the hyper-parameters are its plain values, class paths included. From
         # Python the objects among the arguments would be pickled into every checkpoint: leave them.
         from_python = _given_hyperparameters.get() is None
         self.save_hyperparameters(
-            ignore=["encoder", "projector", "optimizer"] if from_python else []
+            ignore=["encoder", "projector", "loss", "optimizer"] if from_python else []
         )
         self.encoder = encoder.to(memory_format=torch.channels_last)  # quicker on CPU and GPU
         self.num_features = feature_width(encoder)
         self.projector = (
             projector if isinstance(projector, nn.Module) else projector(self.num_features)
         )
-        self.loss = NTXentLoss(temperature)
+        self.loss = loss if isinstance(loss, NTXentLoss) else loss(temperature)
+        self.encode_chunk = encode_chunk
         self.optimizer = optimizer
         self.lr_scaling = lr_scaling
         self.warmup_epochs = warmup_epochs
@@ -99,18 +111,27 @@ class SimCLR(LightningModule):
         Returns:
             ``loss``, ``features`` (V*B, E) detached, ``label`` (B,), ``index`` (B,).
         """
-        n_images = len(batch["index"])
-        h = self(batch["views"])  # (V*B, E)
-        z = self.projector(h)  # (V*B, D)
-        loss = self.loss(z.view(-1, n_images, z.shape[1]))
+        h, z = encode_in_chunks(self._encode, batch["views"], self.encode_chunk, self)
+        statistics: list[Statistics] | None = [] if self._logs_this_step() else None
+        loss = self.loss(z.view(-1, len(batch["index"]), z.shape[1]), statistics=statistics)
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        for seen in statistics or ():
+            self.log_dict({f"train/{name}": value for name, value in seen._asdict().items()})
         return {
             "loss": loss,
             "features": h.detach(),
             "label": batch["label"],
             "index": batch["index"],
         }
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self(x)  # (n, E)
+        return h, self.projector(h)  # (n, D)
+
+    def _logs_this_step(self) -> bool:
+        every = int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        return (self.trainer.global_step + 1) % max(1, every) == 0
 
     def validation_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0

@@ -21,7 +21,12 @@ def test_training_step_encodes_all_views_at_once_and_returns_the_contract() -> N
     model.encoder.register_forward_hook(lambda *args: calls.append(args[1][0].shape))
     model.log = lambda *_, **__: None  # type: ignore[assignment]
     tiny_trainer([]).strategy.connect(model)
-    model.trainer = type("T", (), {"optimizers": [LARS(model.parameters())]})()
+    attributes = {
+        "optimizers": [LARS(model.parameters())],
+        "global_step": 0,
+        "log_every_n_steps": 9,
+    }
+    model.trainer = type("T", (), attributes)()
     batch = {
         "views": torch.randn(12, 1, 32, 32),
         "label": torch.arange(6),
@@ -160,6 +165,7 @@ def test_checkpoint_holds_plain_values_and_loads_with_weights_only(tmp_path: Pat
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert checkpoint["hyper_parameters"] == {
         "temperature": 0.2,
+        "encode_chunk": None,
         "lr_scaling": "none",
         "warmup_epochs": 0,
         "seed": 0,
