@@ -14,8 +14,8 @@ def times_covered(plan: list[Tile], n: int, total: int, first: int) -> torch.Ten
     covered = torch.zeros(n, total, dtype=torch.int64)
     for tile in plan:
         covered[tile.rows, tile.columns] += 1
-        mirrored = slice(tile.mirror - first, tile.columns.stop - first)
-        if tile.mirror < tile.columns.stop:
+        if tile.mirrored:
+            mirrored = slice(tile.columns.start - first, tile.columns.stop - first)
             covered[mirrored, first + tile.rows.start : first + tile.rows.stop] += 1
     return covered
 

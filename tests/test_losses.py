@@ -378,15 +378,13 @@ class OperationCounter(TorchDispatchMode):
 @pytest.mark.parametrize("n_images", [8, 300])
 def test_loss_without_gradient_is_the_same_and_skips_the_second_pass(n_images: int) -> None:
     z, temperature = float64(2, n_images, 4), torch.tensor(0.3).double().requires_grad_()
-    with OperationCounter("addmm_") as counter:
+    with OperationCounter("mm") as both_passes:
         expected = nt_xent(z, temperature=temperature).detach()
-    assert counter.calls > 0
-    with torch.no_grad(), OperationCounter("addmm_") as counter:
+    with torch.no_grad(), OperationCounter("mm") as first_pass:
         assert torch.equal(nt_xent(z, temperature=temperature), expected)
-        assert torch.equal(nt_xent(z.detach(), temperature=0.3), nt_xent(z, temperature=0.3))
-    with OperationCounter("addmm_") as without:
+    with OperationCounter("mm") as detached:
         assert torch.equal(nt_xent(z.detach(), temperature=temperature.detach()), expected)
-    assert counter.calls == without.calls == 0
+    assert 0 < first_pass.calls == detached.calls <= both_passes.calls / 2
 
 
 def held_buffers() -> dict[object, tuple[int, int]]:
