@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 _DENSE = 256  # up to so many rows are one tile
-_ROWS = 256
-_KEPT_COLUMNS = 2048
+_ROWS = 512
+_KEPT_COLUMNS = 1024
 _REMADE_COLUMNS = 512  # stays in the processor's cache while it is made, weighted and used
 
 _memory = threading.local()
@@ -117,16 +117,19 @@ class PairTiles:
         if self.ids is None:
             add_default_positives(sums, self.own, self.n_images)
         for tile in self.plan:
-            s = self._similarities(tile)
-            if self.ids is None:
-                e = negative = self._exponentials(s, tile)
-            else:
-                e, negative = self._add_positives_by_id(s, tile, sums)
-            _add(sums.negative, negative, tile, self.first)
-            if sums.largest_negative is not None and sums.spread is not None:
-                _raise_to(sums.largest_negative, negative, tile, self.first)
-                _add(sums.spread, e * s, tile, self.first)
+            self._add_tile(sums, tile)
         return sums
+
+    def _add_tile(self, sums: RowSums, tile: Tile) -> None:
+        s = self._similarities(tile)
+        if self.ids is None:
+            e = negative = self._exponentials(s, tile)
+        else:
+            e, negative = self._add_positives_by_id(s, tile, sums)
+        _add(sums.negative, negative, tile, self.first)
+        if sums.largest_negative is not None and sums.spread is not None:
+            _raise_to(sums.largest_negative, negative, tile, self.first)
+            _add(sums.spread, e * s, tile, self.first)
 
     def _similarities(self, tile: Tile) -> Tensor:
         """v_I v_J^T, overwritten by the next product."""
@@ -192,7 +195,7 @@ class PairTiles:
             (n, D).
         """
         g = torch.zeros_like(self.own)
-        g_t = torch.zeros_like(self.own.t().contiguous()) if self.has_mirrored else None  # (D, n)
+        g_t = self.own.new_zeros(self.own.shape[::-1]) if self.has_mirrored else None  # (D, n)
         for tile in self.plan:
             if tile.kept is None:
                 e = self._exponentials(self._similarities(tile), tile)

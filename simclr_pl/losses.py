@@ -114,7 +114,7 @@ class _NTXent(torch.autograd.Function):
             # DistributedDataParallel averages over ranks; the loss is one mean over all of them.
             g *= world_size() / (n_anchors * temperature * scale)
             along = (v * g).sum(1, keepdim=True).div_(scale)  # (n, 1), of g along u
-            ctx.save_for_backward(g.sub_(v * (along / scale)).div_(norm))
+            ctx.save_for_backward(g.addcmul_(v, along / scale, value=-1).div_(norm))
             if isinstance(temperature, Tensor):
                 # s is bilinear in u and in 1 / temperature: Euler's theorem gives the latter's part.
                 ctx.of_temperature = -along.sum() / (2 * temperature)
@@ -305,6 +305,15 @@ def _check_rows(z: Tensor, ids: Tensor | None, decoupled: bool) -> None:
             f"`z` must be (V, B, D), views by images by width; got {tuple(z.shape)}. "
             "Reshape the projections with `z.view(V, B, -1)`."
         )
+    # On an accelerator reading the answer would wait for the device: there only a new shape is checked.
+    if is_distributed() and (z.device.type == "cpu" or _agreed_shape != [z.shape]):
+        shapes = gather_rows(torch.tensor([z.shape], device=z.device)).tolist()
+        if any(shape != shapes[0] for shape in shapes):
+            raise InputError(
+                f"`z` must have one shape on all ranks; got {shapes}, rank by rank. Drop the last, "
+                "incomplete batch, or use ContrastiveDataModule."
+            )
+        _agreed_shape[:] = [z.shape]
     if world_size() * z.shape[0] * z.shape[1] < 2:
         raise InputError(
             f"NT-Xent needs at least 2 rows; got {tuple(z.shape)}. Use a larger batch or more views."
@@ -323,15 +332,6 @@ def _check_rows(z: Tensor, ids: Tensor | None, decoupled: bool) -> None:
             f"`ids` must be (V, B) = {tuple(z.shape[:2])}; got {tuple(ids.shape)}. "
             "Give one id for each row of `z`."
         )
-    # On an accelerator reading the answer would wait for the device: there only a new shape is checked.
-    if is_distributed() and (z.device.type == "cpu" or _agreed_shape != [z.shape]):
-        shapes = gather_rows(torch.tensor([z.shape], device=z.device)).tolist()
-        if any(shape != shapes[0] for shape in shapes):
-            raise InputError(
-                f"`z` must have one shape on all ranks; got {shapes}, rank by rank. Drop the last, "
-                "incomplete batch, or use ContrastiveDataModule."
-            )
-        _agreed_shape[:] = [z.shape]
 
 
 class NTXentLoss(nn.Module):

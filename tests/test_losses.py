@@ -250,6 +250,15 @@ def test_float32_gradient_at_a_low_temperature_is_accurate_to_3e_6() -> None:
     assert_float32_is_accurate(converged(512), 0.05, 3e-6)
 
 
+def test_float32_by_ids_with_one_positive_is_as_accurate_as_by_views() -> None:
+    z, ids = converged(256).requires_grad_(), torch.arange(256).repeat(2, 1)
+    wide = z.detach().double().requires_grad_()
+    expected = value_and_gradients(nt_xent(wide, temperature=0.05), wide)
+    actual = value_and_gradients(nt_xent(z, ids, 0.05), z)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert relative_error(ours, theirs) <= 3e-6
+
+
 def test_bf16_autocast_leaves_the_accuracy_of_float32_rows() -> None:
     z = converged(512).requires_grad_()
     without = value_and_gradients(nt_xent(z, temperature=0.05), z)
