@@ -55,11 +55,10 @@ def test_kept_tiles_share_the_budget_without_overlap(n: int, total: int, budget:
 
 
 def test_middling_budget_mixes_kept_and_remade_tiles_over_several_row_blocks() -> None:
-    """At sizes and caches that `test_losses` compares with its oracle."""
-    for n, cache_mb in ((258, 0.01), (258, 0.5), (387, 0.5), (2000, 4.5)):
-        plan = list(_plan(n, n, 0, int(cache_mb * 2**17)))
-        assert {tile.kept is None for tile in plan} == {False, True}
-        assert len({tile.rows.start for tile in plan}) > 1
+    """At a size and a cache that `test_losses` compares with its oracle."""
+    plan = list(_plan(2000, 2000, 0, int(4.5 * 2**17)))
+    assert {tile.kept is None for tile in plan} == {False, True}
+    assert len({tile.rows.start for tile in plan}) > 1
 
 
 @pytest.mark.parametrize("cache_mb", [64, 0.1, 0])
