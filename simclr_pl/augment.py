@@ -2,11 +2,14 @@
 
 Two steps. `Augment.draw` makes, in numpy and in the loader, every random choice about a batch as a
 table of finished parameters. `Augment.apply` applies such a table on any device: no random number is
-drawn there. So a view can be replayed, and compared with torchvision, from its table.
+drawn there, and the device is never waited for. So a view can be replayed, and compared with
+torchvision, from its table. Two backends read it: compiled loops over single images on the CPU
+(`simclr_pl.image_kernels`), batched torch elsewhere (`simclr_pl.image_operations`).
 
 Symbols: B images, V views, N = V*B rows, C channels, S side of a view.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -17,6 +20,8 @@ from torch import Tensor
 from simclr_pl.errors import InputError
 from simclr_pl.image_operations import blur, grey, jitter_colour, rotate_shift, to_float
 from simclr_pl.keyed_random import Stream, keys, uniforms
+
+Table = dict[str, Any]  # arrays or tensors by name, and plain numbers that stay on the host
 
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 
@@ -103,9 +108,21 @@ class Augment:
                 f"{self.size} and {self.strength}. Set `data.augment`."
             )
 
+    def small(self) -> "Augment":
+        """The augmentation of multi-crop's small views: 96 pixels for 224, from 5 to 14 % of the area.
+
+        Caron et al. 2020 (SwAV, arXiv:2006.09882), appendix; they take the large views from 14 to 100 %.
+        """
+        other = copy.copy(self)
+        other.size = max(8, round(self.size * 96 / 224))
+        other.crop_scale = (0.05, 0.14)
+        return other
+
     # Drawing: numpy, in the loader.
 
-    def draw(self, seed: int, epoch: int, index: np.ndarray, n_views: int) -> dict[str, np.ndarray]:
+    def draw(
+        self, seed: int, epoch: int, index: np.ndarray, n_views: int, first_view: int = 0
+    ) -> Table:
         """Draws the parameters of every operation on the cropped views of a batch.
 
         Args:
@@ -113,18 +130,22 @@ class Augment:
             epoch: from 0.
             index: (B,) int64 sample indices.
             n_views: V.
+            first_view: number of the first of them, part of the key.
 
         Returns:
             Only the operations that can happen: "angle" degrees (B, V), "shift" pixels right and down
             (B, V, 2), "factor" and "order" of the jitter (B, V, 4) with order -1 where there is none,
-            "grey" and "solarise" bool (B, V), "sigma" pixels (B, V) with 0 for no blur.
+            "grey" and "solarise" bool (B, V), "sigma" pixels (B, V) with 0 for no blur. For the host of
+            a device also which rows of the result (all of view 0 first) are concerned: "jitter_rows"
+            (4, V*B) int64 and "jitter_counts", see `jitter_colour`, "grey_rows" and "blur_rows" (n,)
+            int64.
         """
 
         def uniform(stream: Stream, n: int) -> np.ndarray:
-            views = np.arange(n_views)
+            views = first_view + np.arange(n_views)
             return uniforms(keys(seed, epoch, stream, index[:, None], views[None, :]), n)
 
-        table: dict[str, np.ndarray] = {}
+        table: Table = {}
         if self.rotation or self.shift:
             u = uniform(Stream.AFFINE, 3) * 2 - 1
             table["angle"] = u[..., 0] * self.rotation
@@ -136,15 +157,21 @@ class Augment:
             table["factor"] = low + (high - low) * u[..., 1:5]
             order = u[..., 5:].argsort(-1)
             table["order"] = np.where(u[..., :1] < self.jitter, order, -1)
+            table["jitter_rows"], table["jitter_counts"] = _grouped(table["order"])
         if self.grey:
             table["grey"] = uniform(Stream.GREY, 1)[..., 0] < self.grey
+            table["grey_rows"] = np.flatnonzero(table["grey"].T)
         if self.blur:
             u = uniform(Stream.BLUR, 2)
             sigma = np.interp(u[..., 1], (0, 1), self.blur_sigma)
             table["sigma"] = np.where(u[..., 0] < self.blur, sigma, 0.0)
+            table["blur_rows"] = np.flatnonzero(table["sigma"].T)
         if self.solarise:
             table["solarise"] = uniform(Stream.SOLARISE, 1)[..., 0] < self.solarise
-        return {k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in table.items()}
+        return {
+            name: value.astype(np.float32) if getattr(value, "dtype", None) == np.float64 else value
+            for name, value in table.items()
+        }
 
     def draw_crops(
         self,
@@ -154,17 +181,18 @@ class Augment:
         n_views: int,
         height: np.ndarray,
         width: np.ndarray,
+        first_view: int = 0,
     ) -> np.ndarray:
         """Draws the crops of a batch, by the rule of torchvision's RandomResizedCrop.
 
         Args:
-            seed, epoch, index, n_views: as for `draw`.
+            seed, epoch, index, n_views, first_view: as for `draw`.
             height, width: (B,) sides of the images, in pixels.
 
         Returns:
             (B, V, 5) int64: top, left, height, width, flipped (0 or 1).
         """
-        views = np.arange(n_views)[None, :]
+        views = first_view + np.arange(n_views)[None, :]
         crop_key = keys(seed, epoch, Stream.CROP, index[:, None], views)
         u = uniforms(crop_key, 2 * _CROP_ATTEMPTS + 2)
         h_full, w_full = height[:, None, None], width[:, None, None]
@@ -200,38 +228,76 @@ class Augment:
 
     # Applying: torch, on any device.
 
-    def apply(self, images: Tensor, table: dict[str, Tensor]) -> Tensor:
+    def apply(self, images: Tensor, table: Table) -> Tensor:
         """Turns crops into views.
 
         Args:
             images: (B, V, C, S, S) uint8.
-            table: from `draw`, as tensors on the same device.
+            table: from `draw`, its arrays as tensors on the same device.
 
         Returns:
             (V*B, C, S, S) float32, normalised, all of view 0 first.
         """
+        colours = table.keys() & {"order", "grey", "sigma", "solarise"}
+        if images.device.type == "cpu" and images.shape[2] == 3 and colours:
+            return self._apply_compiled(images, table)
+        return self.apply_batched(images, table)
+
+    def apply_batched(self, images: Tensor, table: Table) -> Tensor:
+        """`apply` by torch alone, an operation at a time on all rows that it concerns."""
         x = to_float(_rows(images))  # (N, C, S, S)
-        rows = {name: _rows(value) for name, value in table.items()}
+        by_row = ("jitter_rows", "jitter_counts", "grey_rows", "blur_rows")
+        rows: Table = {name: v if name in by_row else _rows(v) for name, v in table.items()}
         if "angle" in rows:
             x = rotate_shift(x, rows["angle"], rows["shift"])
         if "order" in rows:
-            x = jitter_colour(x, rows["factor"], rows["order"])
+            x = jitter_colour(x, rows["factor"], rows["jitter_rows"], rows["jitter_counts"])
         if "grey" in rows and x.shape[1] == 3:
-            x = torch.where(rows["grey"][:, None, None, None], grey(x), x)
+            some = rows["grey_rows"]
+            x.index_copy_(0, some, grey(x[some]))
         if "sigma" in rows:
-            radius = min(self.size // 10 // 2, math.ceil(3 * self.blur_sigma[1]))
-            some = rows["sigma"].nonzero()[:, 0]
-            x = x.index_copy(0, some, blur(x[some], rows["sigma"][some], max(1, radius)))
+            some = rows["blur_rows"]
+            x.index_copy_(0, some, blur(x[some], rows["sigma"][some], self._blur_radius()))
         if "solarise" in rows:
             inverted = torch.where(x >= 0.5, 1 - x, x)
             x = torch.where(rows["solarise"][:, None, None, None], inverted, x)
         return self.normalise(x)
 
+    def _apply_compiled(self, images: Tensor, table: Table) -> Tensor:
+        from simclr_pl.image_kernels import colour_rows  # numba takes a while to import
+
+        n_images, n_views = images.shape[:2]
+        rows = {
+            name: _rows(table[name])
+            for name in ("angle", "shift", "factor", "order", "grey", "sigma", "solarise")
+            if name in table
+        }
+        if "angle" in rows:
+            x = rotate_shift(to_float(_rows(images)), rows["angle"], rows["shift"])
+            x = x.permute(0, 2, 3, 1)
+            source = np.arange(len(x))
+        else:
+            x = images.permute(0, 1, 3, 4, 2).flatten(0, 1)  # (B*V, S, S, C), no copy from a loader
+            source = np.arange(len(x)).reshape(n_images, n_views).T.flatten()
+        views = colour_rows(
+            x.contiguous().numpy(),
+            source,
+            {name: value.numpy() for name, value in rows.items()},
+            self._blur_radius(),
+            *(np.broadcast_to(np.array(v, np.float64), 3) for v in (self.mean, self.std)),
+        )
+        return torch.from_numpy(views).permute(0, 3, 1, 2)
+
+    def _blur_radius(self) -> int:
+        """Of the window, in pixels: a twentieth of the side, or 3 sigma if that is less."""
+        return max(1, min(self.size // 10 // 2, math.ceil(3 * self.blur_sigma[1])))
+
     def normalise(self, x: Tensor) -> Tensor:
-        """Normalises float images (n, C, S, S) in [0, 1]."""
-        mean = x.new_tensor(self.mean).reshape(-1, 1, 1)
-        std = x.new_tensor(self.std).reshape(-1, 1, 1)
-        return (x - mean) / std
+        """Normalises float images (n, C, S, S) in [0, 1], in place."""
+        for c in range(x.shape[1]):  # by numbers: a tensor made of them would wait for a GPU
+            mean, std = (v[c] if len(v) > 1 else v[0] for v in (self.mean, self.std))
+            x[:, c].sub_(mean).div_(std)
+        return x
 
 
 def simclr_imagenet(size: int = 224, strength: float = 1.0, **options: Any) -> Augment:
@@ -312,3 +378,10 @@ def digits(
 def _rows(value: Tensor) -> Tensor:
     """(B, V, ...) -> (V*B, ...), all of view 0 first."""
     return value.transpose(0, 1).flatten(0, 1)
+
+
+def _grouped(order: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
+    """For each position in the order, the rows sorted by operation, and how many have each."""
+    by_row = order.transpose(2, 1, 0).reshape(order.shape[2], -1)  # (4, V*B)
+    rows = np.argsort(np.where(by_row < 0, 4, by_row), axis=1, kind="stable")
+    return rows, [np.bincount(row[row >= 0], minlength=4).tolist() for row in by_row]

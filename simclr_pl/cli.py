@@ -3,14 +3,22 @@
 import logging
 import sys
 import warnings
+from importlib import import_module
 from typing import Any, Literal
 
+from jsonargparse import ArgumentParser, auto_cli
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
-from simclr_pl.callbacks import FeatureWriter, KNNMonitor, OnlineLinearProbe, RunSummary
+from simclr_pl.callbacks import (
+    FeatureWriter,
+    KNNMonitor,
+    LoadingMonitor,
+    OnlineLinearProbe,
+    RunSummary,
+)
 from simclr_pl.data import ContrastiveDataModule
 from simclr_pl.errors import InputError
 from simclr_pl.simclr import SimCLR
@@ -20,6 +28,7 @@ Tracker = Literal["wandb", "wandb-offline", "tensorboard"]
 _MONITORS: dict[str, tuple[type[Callback], dict[str, Any], str]] = {
     "probe": (OnlineLinearProbe, {}, "Online linear probe; null for none."),
     "knn": (KNNMonitor, {}, "kNN monitor; null for none."),
+    "loading": (LoadingMonitor, {}, "Waiting for data, unreadable images; null for none."),
     "summary": (RunSummary, {}, "Scores and speed in summary.json; null for none."),
     "checkpoint": (
         ModelCheckpoint,
@@ -34,6 +43,12 @@ _TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the data module's own samplers know the ranks
     "log_every_n_steps": 10,
     "enable_model_summary": False,  # RunSummary says it in one line
+}
+
+# Commands beside LightningCLI's, imported when they are called: a function, or several by name, whose
+# signatures and docstrings are the options. What they return is the exit code.
+_VERBS: dict[str, tuple[str, str]] = {
+    "data": ("simclr_pl.data.commands:COMMANDS", "Pack, describe and check sets of images."),
 }
 
 # Lightning's advice that does not fit: sets in memory need no workers, the epoch's length is short by
@@ -56,6 +71,16 @@ class _ProgressBar(RichProgressBar):
         return metrics  # type: ignore[return-value]
 
 
+class _Parser(LightningArgumentParser):
+    """Lists the other commands, too."""
+
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        action = super().add_subcommands(*args, **kwargs)
+        for verb, (_, text) in _VERBS.items():
+            action.add_subcommand(verb, ArgumentParser(), help=text)  # `main` runs them itself
+        return action
+
+
 class SimCLRCLI(LightningCLI):
     """LightningCLI on `SimCLR` and `ContrastiveDataModule`, with one run folder and one seed.
 
@@ -70,6 +95,7 @@ class SimCLRCLI(LightningCLI):
             ContrastiveDataModule,
             trainer_defaults=_TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
+            parser_class=_Parser,
             parser_kwargs={name: {"usage": usage.format(name)} for name in self.subcommands()},
             args=args,
         )
@@ -163,8 +189,25 @@ def main(args: ArgsType = None) -> None:
     # Lightning's hints at other products
     rank_zero_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     rank_zero_log.addFilter(lambda record: "Tip:" not in record.getMessage())
+    given = sys.argv[1:] if args is None else args
+    code = None
     try:
-        SimCLRCLI(args)
+        if isinstance(given, list) and given and given[0] in _VERBS:
+            code = _run_verb(given)
+        else:
+            SimCLRCLI(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130  # as a shell says it: 128 + SIGINT
+    if code:
+        sys.exit(code)
+
+
+def _run_verb(args: list[str]) -> int | None:
+    place, _ = _VERBS[args[0]]
+    module, name = place.split(":")
+    command = getattr(import_module(module), name)
+    return auto_cli({args[0]: command}, args=args, prog="simclr")  # type: ignore[no-any-return]

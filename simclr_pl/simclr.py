@@ -102,16 +102,22 @@ class SimCLR(LightningModule):
         torch.manual_seed(int(keys(self.seed, Stream.STEP, step, self.global_rank) >> 1))
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """One step on the views of a batch, all of them in one forward.
+        """One step on the views of a batch: one forward for each size of views.
+
+        All views of an image are each other's positives, small ones too: each is compared with every
+        other one, and the loss of a view is the mean over its positives.
 
         Args:
-            batch: ``views`` (V*B, C, S, S), all of view 0 first; ``label`` and ``index`` (B,).
+            batch: ``views`` (V*B, C, S, S), all of view 0 first; where there are small views, also
+                ``small_views`` (V'*B, C, S', S'); ``label`` and ``index`` (B,).
             batch_idx: not used.
 
         Returns:
-            ``loss``, ``features`` (V*B, E) detached, ``label`` (B,), ``index`` (B,).
+            ``loss``, ``features`` of all views (V*B, E) detached, ``label`` (B,), ``index`` (B,).
         """
-        h, z = encode_in_chunks(self._encode, batch["views"], self.encode_chunk, self)
+        sizes = [batch[name] for name in ("views", "small_views") if name in batch]
+        parts = [encode_in_chunks(self._encode, x, self.encode_chunk, self) for x in sizes]
+        h, z = (torch.cat(rows) if len(sizes) > 1 else rows[0] for rows in zip(*parts, strict=True))
         statistics: list[Statistics] | None = [] if self._logs_this_step() else None
         loss = self.loss(z.view(-1, len(batch["index"]), z.shape[1]), statistics=statistics)
         self.log("train/loss", loss.detach(), prog_bar=True)

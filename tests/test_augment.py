@@ -1,7 +1,10 @@
 """The augmentation's draws against torchvision's distributions, and its work image by image."""
 
 import inspect
+import itertools
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,14 +13,31 @@ import torch
 import torchvision.transforms.v2.functional as tvf
 from scipy import stats
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from simclr_pl.augment import Augment, digits, simclr_cifar, simclr_imagenet
+from simclr_pl.augment import Augment, Table, digits, simclr_cifar, simclr_imagenet
 from simclr_pl.errors import InputError
+from simclr_pl.image_operations import crop_resize
 
 EVERYTHING: dict[str, Any] = {"rotation": 20.0, "shift": 0.2, "solarise": 0.3}
 NOTHING: dict[str, Any] = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0}
 MANY = np.arange(20_000)
+OF_THE_BATCH = {"jitter_rows", "jitter_counts", "grey_rows", "blur_rows"}  # the rest is (B, V, ...)
+
+
+def to_tensors(table: Table, device: str = "cpu") -> Table:
+    return {
+        name: torch.from_numpy(value).to(device) if isinstance(value, np.ndarray) else value
+        for name, value in table.items()
+    }
+
+
+def in_loader_layout(images: Tensor) -> Tensor:
+    """The same (B, V, C, S, S), with the channels of a pixel side by side in memory."""
+    return images.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 
 def draw_crops(augment: Augment, n: int, height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -26,11 +46,22 @@ def draw_crops(augment: Augment, n: int, height: int, width: int, seed: int = 0)
     return augment.draw_crops(seed, 0, np.arange(n), 1, *sides)[:, 0]
 
 
+def torchvision_crops(
+    n: int, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> np.ndarray:
+    """(n, 4) top, left, height, width."""
+    image = torch.empty(1, height, width)
+    draws = (RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n))
+    return np.array(list(draws))
+
+
 def crop_statistics(crops: np.ndarray, height: int, width: int) -> dict[str, np.ndarray]:
     top, left, h, w = crops[:, :4].T
     return {
         "area share": h * w / (height * width),
-        "ratio": w / h,
+        "log ratio": np.log(w / h),
+        "top": top,
+        "left": left,
         "centre down": (top + h / 2) / height,
         "centre across": (left + w / 2) / width,
         "across minus down": left / width - top / height,
@@ -38,31 +69,55 @@ def crop_statistics(crops: np.ndarray, height: int, width: int) -> dict[str, np.
     }
 
 
+def p_values(ours: np.ndarray, theirs: np.ndarray, height: int, width: int) -> dict[str, float]:
+    """Of the Kolmogorov-Smirnov test that both come from one distribution, by statistic."""
+    expected = crop_statistics(theirs, height, width)
+    return {
+        name: stats.ks_2samp(numbers, expected[name], method="asymp").pvalue
+        for name, numbers in crop_statistics(ours, height, width).items()
+    }
+
+
 @pytest.mark.parametrize(
     ("height", "width", "options", "fallback"),
     [
         (96, 96, {}, 0.0),
+        (375, 500, {}, 0.0),
+        (500, 375, {}, 0.0),
         (50, 75, {"crop_scale": (0.3, 0.9), "crop_ratio": (0.5, 1.5)}, 0.0),
-        (60, 400, {}, 0.2),  # wide: often no attempt fits, and the crop is the central one
-        (400, 60, {}, 0.2),  # tall
+        (100, 900, {}, 0.2),  # wide: often no attempt fits, and the crop is the central one
+        (900, 100, {}, 0.2),  # tall
+        (60, 400, {"crop_scale": (0.05, 0.14)}, 0.0),
     ],
 )
 def test_crops_are_distributed_as_torchvision_s(
     height: int, width: int, options: dict[str, Any], fallback: float
 ) -> None:
-    n = 4000
+    n = 10_000
     augment = Augment(**options)
     ours = draw_crops(augment, n, height, width)
-    image = torch.empty(1, height, width)
-    scale, ratio = list(augment.crop_scale), list(augment.crop_ratio)
-    theirs = np.array([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(n)])
-    expected = crop_statistics(theirs, height, width)
-    for name, numbers in crop_statistics(ours, height, width).items():
-        assert stats.ks_2samp(numbers, expected[name], method="asymp").pvalue > 1e-3, name
-    central = RandomResizedCrop.get_params(image, [1.0, 1.0], ratio)  # nothing as large fits
+    theirs = torchvision_crops(n, height, width, augment.crop_scale, augment.crop_ratio)
+    # 56 comparisons in all cases together; keyed draws and a seeded peer: the same at every run
+    assert min(p_values(ours, theirs, height, width).values()) > 1e-3
+    central = torchvision_crops(1, height, width, (1.0, 1.0), augment.crop_ratio)
     shares = [(crops[:, :4] == central).all(1).mean() for crops in (ours, theirs)]
-    assert shares[0] == pytest.approx(shares[1], abs=0.04)
+    assert shares[0] == pytest.approx(shares[1], abs=0.02)
     assert shares[0] >= fallback  # the case does what it is here for
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"crop_scale": (0.11, 1.0)}, "area share"),
+        ({"crop_ratio": (0.77, 4 / 3)}, "log ratio"),
+    ],
+)
+def test_the_comparison_of_crops_notices_a_slightly_narrower_range(
+    options: dict[str, Any], name: str
+) -> None:
+    theirs = torchvision_crops(10_000, 375, 500, (0.08, 1.0), (3 / 4, 4 / 3))
+    ours = draw_crops(Augment(**options), 10_000, 375, 500)
+    assert p_values(ours, theirs, 375, 500)[name] < 1e-4
 
 
 @pytest.mark.parametrize(("height", "width"), [(200, 3), (3, 200), (1, 500), (7, 31)])
@@ -147,12 +202,18 @@ def test_sigma_angle_and_shift_are_uniform_over_their_ranges() -> None:
 
 def test_table_has_the_documented_shapes_and_types() -> None:
     table = Augment(**EVERYTHING).draw(0, 0, np.arange(5), 3)
+    counts = table.pop("jitter_counts")
+    assert [[type(n) for n in row] for row in counts] == [[int] * 4] * 4
+    changed = {name: int((table[name] > 0).sum()) for name in ("grey", "sigma")}
     described = {name: (value.shape, value.dtype) for name, value in table.items()}
     assert described == {
         "angle": ((5, 3), np.float32),
         "shift": ((5, 3, 2), np.float32),
         "factor": ((5, 3, 4), np.float32),
         "order": ((5, 3, 4), np.int64),
+        "jitter_rows": ((4, 15), np.int64),
+        "grey_rows": ((changed["grey"],), np.int64),
+        "blur_rows": ((changed["sigma"],), np.int64),
         "grey": ((5, 3), np.bool_),
         "sigma": ((5, 3), np.float32),
         "solarise": ((5, 3), np.bool_),
@@ -164,10 +225,10 @@ def test_table_has_the_documented_shapes_and_types() -> None:
     [
         ({"rotation": 0.0, "shift": 0.0}, {"angle", "shift"}),
         ({"rotation": 0.0}, set()),  # a shift alone needs both
-        ({"jitter": 0.0}, {"factor", "order"}),
-        ({"strength": 0.0}, {"factor", "order"}),
-        ({"grey": 0.0}, {"grey"}),
-        ({"blur": 0.0}, {"sigma"}),
+        ({"jitter": 0.0}, {"factor", "order", "jitter_rows", "jitter_counts"}),
+        ({"strength": 0.0}, {"factor", "order", "jitter_rows", "jitter_counts"}),
+        ({"grey": 0.0}, {"grey", "grey_rows"}),
+        ({"blur": 0.0}, {"sigma", "blur_rows"}),
         ({"solarise": 0.0}, {"solarise"}),
     ],
 )
@@ -181,11 +242,35 @@ def test_disabled_operations_are_absent_and_change_no_other(
         np.testing.assert_array_equal(table[name], whole[name])
 
 
-def everything_drawn(index: np.ndarray, n_views: int, epoch: int = 4) -> dict[str, np.ndarray]:
-    """The table, with crops and flips; images have sizes that depend on their index."""
+@pytest.mark.parametrize("n_views", [1, 2, 3])
+@pytest.mark.parametrize("p", [0.0001, 0.6, 1.0])  # none, some and all
+def test_rows_and_counts_are_those_of_the_table_s_orders_greys_and_sigmas(
+    p: float, n_views: int
+) -> None:
+    table = Augment(jitter=p, grey=p, blur=p).draw(0, 0, np.arange(7), n_views)
+    views = [(i, v) for v in range(n_views) for i in range(7)]  # all of view 0 first
+    assert table["grey_rows"].tolist() == [n for n, at in enumerate(views) if table["grey"][at]]
+    assert table["blur_rows"].tolist() == [n for n, at in enumerate(views) if table["sigma"][at]]
+    for position in range(4):
+        expected, counts = [], []
+        for operation in (0, 1, 2, 3, -1):
+            have = [n for n, at in enumerate(views) if table["order"][at][position] == operation]
+            expected += have
+            counts.append(len(have))
+        assert table["jitter_rows"][position].tolist() == expected
+        assert table["jitter_counts"][position] == counts[:4]
+
+
+def everything_drawn(
+    index: np.ndarray, n_views: int, epoch: int = 4, first_view: int = 0
+) -> dict[str, np.ndarray]:
+    """By sample and view, with crops and flips; images have sizes that depend on their index."""
     augment = Augment(**EVERYTHING)
-    crops = augment.draw_crops(3, epoch, index, n_views, 40 + index % 7, 30 + index % 11)
-    return {**augment.draw(3, epoch, index, n_views), "crop": crops[..., :4], "flip": crops[..., 4]}
+    sides = 40 + index % 7, 30 + index % 11
+    crops = augment.draw_crops(3, epoch, index, n_views, *sides, first_view)
+    table = augment.draw(3, epoch, index, n_views, first_view)
+    by_view = {name: value for name, value in table.items() if name not in OF_THE_BATCH}
+    return {**by_view, "crop": crops[..., :4], "flip": crops[..., 4]}
 
 
 def test_draws_of_a_sample_are_the_same_alone_in_any_batch_and_with_more_views() -> None:
@@ -199,19 +284,27 @@ def test_draws_of_a_sample_are_the_same_alone_in_any_batch_and_with_more_views()
             np.testing.assert_array_equal(alone[name][0], value[row])
 
 
+def test_first_view_continues_the_numbering_of_the_views() -> None:
+    index = np.array([12, 5, 900_000, 0])
+    four, last_two = everything_drawn(index, 4), everything_drawn(index, 2, first_view=2)
+    for name, value in last_two.items():
+        np.testing.assert_array_equal(value, four[name][:, 2:])
+
+
 @pytest.mark.parametrize("name", everything_drawn(np.arange(1), 1))
 def test_views_samples_and_epochs_get_draws_of_their_own(name: str) -> None:
     index = np.arange(50)
-    value = everything_drawn(index, 2)[name]
-    assert not np.array_equal(value[:, 0], value[:, 1])
-    assert not np.array_equal(value, everything_drawn(index, 2, epoch=5)[name])
+    value = everything_drawn(index, 3)[name]
+    for a, b in itertools.combinations(range(3), 2):
+        assert not np.array_equal(value[:, a], value[:, b])
+    assert not np.array_equal(value, everything_drawn(index, 3, epoch=5)[name])
     assert not np.array_equal(value[:25], value[25:])
 
 
 def torchvision_view(
     augment: Augment, image: Tensor, row: dict[str, Any], radius: int, channels: int
 ) -> Tensor:
-    """One crop (C, S, S) uint8 to a view, by torchvision, in the documented order."""
+    """One crop (C, S, S) uint8 to a view, by torchvision; the blur's window ends at 3 sigma."""
     operations = (
         tvf.adjust_brightness,
         tvf.adjust_contrast,
@@ -228,60 +321,209 @@ def torchvision_view(
     if row.get("grey"):
         x = tvf.rgb_to_grayscale(x, num_output_channels=channels)
     if row.get("sigma"):
-        x = tvf.gaussian_blur(x, [2 * radius + 1] * 2, [row["sigma"]] * 2)
+        window = 2 * min(radius, math.ceil(3 * row["sigma"])) + 1
+        x = tvf.gaussian_blur(x, [window] * 2, [row["sigma"]] * 2)
     if row.get("solarise"):
         x = tvf.solarize(x, 0.5)
     return tvf.normalize(x, list(augment.mean), list(augment.std))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("n_views", [2, 3])
 @pytest.mark.parametrize(
-    ("options", "radius"),
+    ("backend", "channels"),
+    [("apply", 1), ("apply", 3), ("apply_batched", 1), ("apply_batched", 3)],
+)
+@pytest.mark.parametrize("n_views", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("options", "radius", "tolerance"),
     [
-        ({"size": 32, **EVERYTHING}, 1),
-        ({"size": 61, **EVERYTHING, "blur": 1.0}, 3),
-        ({"size": 20, **NOTHING}, 0),
-        ({"size": 20, **NOTHING, "grey": 0.5}, 0),
-        ({"size": 140, **NOTHING, "blur": 1.0, "blur_sigma": (0.9, 1.0)}, 3),  # 3 sigma: < 7
+        ({"size": 32, **EVERYTHING}, 1, 1e-4),  # torchvision rotates on a grid of its own
+        ({"size": 61, **EVERYTHING, "blur": 1.0}, 3, 1e-4),
+        ({"size": 33, "solarise": 0.3}, 1, 1e-5),
+        ({"size": 20, **NOTHING}, 0, 1e-6),
+        ({"size": 20, **NOTHING, "grey": 0.5}, 0, 1e-6),
+        ({"size": 20, **NOTHING, "solarise": 0.5}, 0, 1e-6),
+        ({"size": 140, **NOTHING, "blur": 1.0, "blur_sigma": (0.9, 1.0)}, 3, 2e-6),
+        ({"size": 140, **NOTHING, "blur": 1.0, "blur_sigma": (0.1, 5.0)}, 7, 2e-6),
     ],
 )
-def test_apply_equals_torchvision_image_by_image(
-    options: dict[str, Any], radius: int, n_views: int, channels: int
+def test_views_equal_torchvision_s_image_by_image(
+    options: dict[str, Any],
+    radius: int,
+    tolerance: float,
+    n_views: int,
+    backend: str,
+    channels: int,
 ) -> None:
     of_channels = {"mean": (0.4, 0.5, 0.6)[:channels], "std": (0.2, 0.3, 0.25)[:channels]}
     augment = Augment(**options, **of_channels)
-    n = 8 if augment.size < 100 else 2
-    images = torch.randint(
-        0, 256, (n, n_views, channels, augment.size, augment.size), dtype=torch.uint8
-    )
+    n = 7 if augment.size < 100 else 2
+    shape = (n, n_views, channels, augment.size, augment.size)
+    images = in_loader_layout(torch.randint(0, 256, shape, dtype=torch.uint8))
     drawn = augment.draw(0, 0, np.arange(n), n_views)
-    table = {name: torch.from_numpy(value) for name, value in drawn.items()}
     before = images.clone()
-    views = augment.apply(images, table)
-    assert views.shape == (n_views * n, channels, augment.size, augment.size)
-    assert views.dtype == torch.float32
+    views = getattr(augment, backend)(images, to_tensors(drawn))
     assert torch.equal(images, before)
+    by_view = {name: value for name, value in drawn.items() if name not in OF_THE_BATCH}
+    expected = []
     for v in range(n_views):
         for i in range(n):
-            row = {name: value[i, v].tolist() for name, value in drawn.items()}
-            expected = torchvision_view(augment, images[i, v], row, radius, channels)
-            torch.testing.assert_close(views[v * n + i], expected, rtol=0, atol=1e-4)
+            row = {name: value[i, v].tolist() for name, value in by_view.items()}
+            expected.append(torchvision_view(augment, images[i, v], row, radius, channels))
+    difference = (views - torch.stack(expected)).abs() * torch.tensor(augment.std).view(-1, 1, 1)
+    assert difference.max() <= tolerance  # of images within [0, 1]
 
 
-def test_apply_orders_rows_all_of_view_0_first() -> None:
-    augment = Augment(size=2, **NOTHING, mean=(0.0,), std=(1 / 255,))
-    codes = torch.arange(6, dtype=torch.uint8).reshape(3, 2)  # image b, view v: 2 b + v
-    views = augment.apply(codes[:, :, None, None, None].expand(-1, -1, 3, 2, 2), {})
-    assert views[:, 0, 0, 0].round().tolist() == [0, 2, 4, 1, 3, 5]
+@pytest.mark.parametrize(
+    ("options", "backend"),
+    [({}, "apply"), ({"rotation": 20.0}, "apply"), ({}, "apply_batched"), (NOTHING, "apply")],
+)
+def test_rows_are_float_all_of_view_0_first(options: dict[str, Any], backend: str) -> None:
+    augment = Augment(size=16, **options)
+    images = torch.randint(0, 256, (5, 3, 3, 16, 16), dtype=torch.uint8)
+    apply = getattr(augment, backend)
+    views = apply(images, to_tensors(augment.draw(0, 0, np.arange(5), 3)))
+    assert views.shape == (15, 3, 16, 16)
+    assert views.dtype == torch.float32
+    for i in range(5):
+        for v in range(3):
+            table = to_tensors(augment.draw(0, 0, np.array([i]), 1, first_view=v))
+            alone = apply(images[i : i + 1, v : v + 1], table)
+            torch.testing.assert_close(views[5 * v + i], alone[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"rotation": 20.0}])
+@pytest.mark.parametrize("layout", [in_loader_layout, Tensor.contiguous])
+def test_rgb_views_on_the_cpu_are_channels_last_in_memory(
+    options: dict[str, Any], layout: Callable[[Tensor], Tensor]
+) -> None:
+    augment = Augment(size=16, **options)
+    images = layout(torch.randint(0, 256, (5, 2, 3, 16, 16), dtype=torch.uint8))
+    views = augment.apply(images, to_tensors(augment.draw(0, 0, np.arange(5), 2)))
+    assert views.is_contiguous(memory_format=torch.channels_last)
+
+
+class NoHost(TorchDispatchMode):
+    """Fails where an operation would make a GPU wait for the host, or the host for a GPU."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.seen = device, set[str]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.seen.add(name.rstrip("_"))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+        if any(t.device.type != self.device for t in tensors):
+            raise RuntimeError(f"{name} has a tensor on the host")
+        if name == "lift_fresh":
+            raise RuntimeError("a tensor is made of numbers")
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2"):
+            raise RuntimeError(f"{name} is read back")
+        if name.startswith("index") and any(t.dtype == torch.bool for t in tensors[1:]):
+            raise RuntimeError(f"{name} counts a mask")
+        return out
+
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs CUDA's torch")
+DEVICES = ["meta", pytest.param("cuda", marks=NEEDS_CUDA)]  # neither needs a GPU
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "wait",
+    [
+        Tensor.nonzero,
+        lambda x: x[x > 0],
+        lambda x: x.sum().item(),
+        lambda x: x.sum().tolist(),
+        lambda x: bool((x > 0).any()),
+        lambda x: x.index_put_((x[:, 0] > 0,), x[:1, 0]),
+        lambda x: x.cpu(),
+        lambda x: x.new_tensor([0.5, 1.0]),
+        lambda x: torch.tensor([0.5, 1.0], device=x.device),
+        lambda x: x[[0, 1]],
+        lambda x: x + torch.tensor(1.0),
+    ],
+)
+def test_what_waits_for_a_device_fails_without_one(
+    wait: Callable[[Tensor], Any], device: str
+) -> None:
+    with FakeTensorMode() if device == "cuda" else nullcontext(), NoHost(device):
+        x = torch.ones(4, 3, device=device)
+        assert x.mul(2).shape == (4, 3)
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            wait(x)
+
+
+def on_device(table: Table, device: str) -> Table:
+    """Stand-ins without values, of the same shapes."""
+    return {
+        name: torch.empty(value.shape, dtype=value.dtype, device=device)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in table.items()
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_crops_and_views_are_made_without_waiting_for_the_device(
+    channels: int, device: str
+) -> None:
+    augment = Augment(size=33, **EVERYTHING, mean=(0.5,), std=(0.25,))
+    drawn = augment.draw(0, 0, np.arange(20), 2)
+    assert min(min(row) for row in drawn["jitter_counts"]) > 0  # no operation is skipped
+    described = to_tensors(drawn)
+    with FakeTensorMode() if device == "cuda" else nullcontext():
+        table = on_device(described, device)
+        pixels = torch.empty(20, channels, 40, 50, dtype=torch.uint8, device=device)
+        crops = torch.empty(20, 2, 5, dtype=torch.int64, device=device)
+        with NoHost(device) as guard:
+            views = augment.apply(crop_resize(pixels, crops, 33), table)
+    assert views.shape == (40, channels, 33, 33)
+    assert views.device.type == device
+    assert {"grid_sampler_2d", "index_copy", "reflection_pad2d", "where"} <= guard.seen
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_gpu_makes_the_same_views_without_waiting(channels: int) -> None:
+    augment = Augment(size=33, **EVERYTHING, mean=(0.0,), std=(1.0,))
+    pixels = torch.randint(0, 256, (5, channels, 40, 50), dtype=torch.uint8)
+    crops = augment.draw_crops(0, 0, np.arange(5), 2, np.full(5, 40), np.full(5, 50))
+    drawn = augment.draw(0, 0, np.arange(5), 2)
+    images = crop_resize(pixels, torch.from_numpy(crops), 33)
+    expected = augment.apply_batched(images, to_tensors(drawn))
+    inputs = pixels.cuda(), torch.from_numpy(crops).cuda()
+    table = to_tensors(drawn, "cuda")
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        own_images = crop_resize(*inputs, 33)
+        views = augment.apply(own_images, table)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert views.shape == expected.shape
+    assert (own_images.cpu().int() - images.int()).abs().max() <= 1
+    views = augment.apply(images.cuda(), table)  # of the same bytes
+    torch.testing.assert_close(views.cpu(), expected, rtol=0, atol=1e-4)
 
 
 def test_normalise_uses_each_channel_s_numbers_or_one_for_all() -> None:
     x = torch.rand(2, 3, 4, 5)
-    own = Augment(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0)).normalise(x)
+    own = Augment(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0)).normalise(x.clone())
     for channel, (mean, std) in enumerate([(0.1, 0.5), (0.2, 0.25), (0.3, 2.0)]):
         torch.testing.assert_close(own[:, channel], (x[:, channel] - mean) / std)
-    torch.testing.assert_close(Augment(mean=(0.2,), std=(0.5,)).normalise(x), (x - 0.2) / 0.5)
+    one_for_all = Augment(mean=(0.2,), std=(0.5,)).normalise(x.clone())
+    torch.testing.assert_close(one_for_all, (x - 0.2) / 0.5)
+
+
+def test_normalise_works_in_place() -> None:
+    x = torch.rand(2, 3, 4, 5)
+    assert Augment().normalise(x).data_ptr() == x.data_ptr()
 
 
 def test_clean_crops_are_central_squares() -> None:
@@ -301,6 +543,16 @@ def test_clean_crops_of_fraction_0_are_one_pixel_and_of_1_the_shorter_side() -> 
     sides = np.array([9]), np.array([14])
     assert Augment(clean_fraction=0.0).clean_crops(*sides)[0, 0, 2:4].tolist() == [1, 1]
     assert Augment(clean_fraction=1.0).clean_crops(*sides)[0, 0].tolist() == [0, 2, 9, 9, 0]
+
+
+def test_small_views_are_those_of_multi_crop_and_the_original_stays() -> None:
+    augment = Augment(size=224, jitter=0.3, crop_scale=(0.14, 1.0))
+    before = dict(vars(augment))
+    small = augment.small()
+    assert vars(small) == {**before, "size": 96, "crop_scale": (0.05, 0.14)}
+    assert vars(augment) == before
+    assert Augment(size=32).small().size == 14
+    assert Augment(size=8).small().size == 8  # no smaller
 
 
 PAPERS = {

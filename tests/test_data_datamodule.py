@@ -1,9 +1,13 @@
 """The data module: the same views at any number of ranks and workers, and what a batch holds."""
 
 import hashlib
+import json
+import logging
 import multiprocessing
 import os
 import pickle
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +23,17 @@ from torch.utils.data import Dataset, TensorDataset
 
 from simclr_pl import ContrastiveDataModule, InputError
 from simclr_pl.augment import Augment, digits, simclr_imagenet
-from simclr_pl.data import DatasetSource, Digits, ImageFolder, Source
-from simclr_pl.data.decode import cut_crops, read_image
+from simclr_pl.data import DatasetSource, Digits, ImageFolder, Shards, Source
+from simclr_pl.data.batches import to_tensors
+from simclr_pl.data.decode import cut_crops, open_picture
+from simclr_pl.data.pack import pack_source
 from simclr_pl.image_operations import to_float
 
 SIZES = [(20, 30), (33, 17), (24, 24), (40, 16)]
+
+
+def read_image(path: Path) -> np.ndarray:
+    return open_picture(path.read_bytes(), 3).pixels()
 
 
 def noise(seed: int, height: int = 6, width: int = 8, channels: int = 3) -> np.ndarray:
@@ -40,6 +50,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise(i, *SIZES[i % 4])).save(path)
     return str(root)
+
+
+class Squares(Dataset):
+    targets = tuple(i % 4 for i in range(40))
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(noise(i, 10 + i % 5, 12)), self.targets[i]
 
 
 # The main claim, in real fits.
@@ -94,7 +114,10 @@ def described(batch: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, to
     for name, value in batch.items():
         if isinstance(value, dict):
             yield from described(value, f"{name}.")
-        else:
+        elif name == "groups":
+            for group in value:
+                yield from described(group)
+        elif isinstance(value, Tensor):
             yield prefix + name, value.dtype, value.dim()
 
 
@@ -249,14 +272,15 @@ def test_a_training_batch_equals_views_made_one_by_one(folder: str, n_views: int
         assert batch["label"].shape == batch["index"].shape == (8,)
         assert batch["label"].dtype == batch["index"].dtype == torch.int64
         for i, (index, label) in enumerate(zip(batch["index"], batch["label"], strict=True)):
-            pixels = read_image(str(paths[index]), 3)
+            pixels = read_image(paths[index])
             assert ("ape", "bee")[label] == paths[index].parent.name
             key = index.numpy()[None]
             sides = np.array([pixels.shape[:1], pixels.shape[1:2]])
-            images = np.empty((1, n_views, 3, 16, 16), np.uint8)
+            images = np.empty((1, n_views, 16, 16, 3), np.uint8)
             cut_crops(pixels, augment.draw_crops(5, 3, key, n_views, *sides)[0], 16, images[0])
-            table = {k: torch.from_numpy(v) for k, v in augment.draw(5, 3, key, n_views).items()}
-            expected = augment.apply(torch.from_numpy(images), table)  # (V, C, S, S)
+            crops = torch.from_numpy(images).permute(0, 1, 4, 2, 3)
+            table = to_tensors(augment.draw(5, 3, key, n_views))
+            expected = augment.apply(crops, table)  # (V, C, S, S)
             rows = batch["views"][i::8]  # all of view 0 come first
             torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
 
@@ -277,21 +301,23 @@ def test_a_clean_batch_is_the_normalised_central_square(folder: str) -> None:
         views = torch.cat([batch["views"] for batch in found])
         assert views.dtype == torch.float32
         for view, path in zip(views, files, strict=True):
-            pixels = read_image(str(path), 3)
+            pixels = read_image(path)
             height, width = pixels.shape[:2]
             side = round(min(height, width) / 2)
             top, left = (height - side) // 2, (width - side) // 2
             square = Image.fromarray(pixels[top : top + side, left : left + side])
             small = np.array(square.resize((16, 16), Image.Resampling.BILINEAR))
             expected = (to_float(torch.from_numpy(small).permute(2, 0, 1)) - mean) / std
-            torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
+            # one grey level, through the normalisation
+            torch.testing.assert_close(view, expected, rtol=0, atol=1.01 / 255 / 0.224)
 
 
 def test_a_resident_batch_has_the_given_views_of_its_rows() -> None:
     data = ContrastiveDataModule(Digits(), 10, 3, seed=1)
     data.setup()
     batch = next(iter(data.train_dataloader()))
-    assert set(batch) == {"index", "label", "table", "crops"}  # no pixel travels
+    assert set(batch) == {"index", "label", "groups"}
+    assert set(batch["groups"][0]) == {"table", "crops"}  # no pixel travels
     views = data.make_views(batch, "train")["views"]
     assert views.shape == (30, 1, 32, 32)
     augment, index = digits(), batch["index"].numpy()
@@ -300,34 +326,30 @@ def test_a_resident_batch_has_the_given_views_of_its_rows() -> None:
         side = np.array([32])
         crops = augment.draw_crops(1, 0, index[i : i + 1], 3, side, side)[0]
         pixels = train.pixels[position].permute(1, 2, 0).numpy()  # type: ignore[union-attr]
-        images = np.empty((1, 3, 1, 32, 32), np.uint8)
+        images = np.empty((1, 3, 32, 32, 1), np.uint8)
         cut_crops(pixels, crops, 32, images[0])
-        table = augment.draw(1, 0, index[i : i + 1], 3)
-        expected = augment.apply(
-            torch.from_numpy(images), {k: torch.from_numpy(v) for k, v in table.items()}
-        )
-        # one grey level of the crop, through the normalisation
-        torch.testing.assert_close(views[i::10], expected, rtol=0, atol=1.01 / 255 / augment.std[0])
+        table = to_tensors(augment.draw(1, 0, index[i : i + 1], 3))
+        expected = augment.apply(torch.from_numpy(images).permute(0, 1, 4, 2, 3), table)
+        torch.testing.assert_close(views[i::10], expected, rtol=0, atol=1e-5)
         assert batch["label"][i] == train.labels[position]
 
 
-PLAIN = Augment(size=12, jitter=0.0, grey=0.0, blur=0.0, mean=(0.0,), std=(1.0,))
-
-
 @pytest.mark.parametrize("grey", [False, True])
-def test_resident_and_stored_folder_agree_within_one_grey_level(tmp_path: Path, grey: bool) -> None:
+@pytest.mark.parametrize("size", [12, 11, 80])
+def test_resident_and_stored_views_are_identical(tmp_path: Path, grey: bool, size: int) -> None:
     for i in range(30):
         path = tmp_path / f"{i % 3}" / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(noise(i, 25, 18)).save(path)
     modules = [
         ContrastiveDataModule(
-            ImageFolder(str(tmp_path), resident=resident, grey=grey),
+            ImageFolder(str(tmp_path), grey=grey),
             9,
-            augment=PLAIN,
+            augment=Augment(size=size, jitter=0.0, grey=0.0, blur=0.0, mean=(0.0,), std=(1.0,)),
             num_workers=0,
+            resident=resident,
         )
-        for resident in (False, True)
+        for resident in ("none", "memory")
     ]
     for data in modules:
         data.setup()
@@ -341,9 +363,317 @@ def test_resident_and_stored_folder_agree_within_one_grey_level(tmp_path: Path, 
         for a, b in zip(stored, resident, strict=True):
             assert torch.equal(a["index"], b["index"])
             assert torch.equal(a["label"], b["label"])
-            assert a["views"].shape[1:] == (1 if grey else 3, 12, 12)
-            assert (a["views"] - b["views"]).abs().max() <= 1 / 255 + 1e-6
+            assert a["views"].shape[1:] == (1 if grey else 3, size, size)
+            assert torch.equal(a["views"], b["views"])
             assert a["views"].std() > 0.05
+
+
+# Folder, shards and memory.
+
+
+@pytest.fixture(scope="module")
+def square_jpegs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """30 JPEGs of one size in three classes, as a folder and packed."""
+    root = tmp_path_factory.mktemp("squares")
+    for i in range(30):
+        path = root / "folder" / "train" / "abc"[i % 3] / f"{i:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(i, 40, 40)).save(path)
+    (root / "folder" / "val").symlink_to(root / "folder" / "train")
+    pack_source(ImageFolder(str(root / "folder")), root / "packed", workers=0)
+    return str(root / "folder"), str(root / "packed")
+
+
+SOURCES = ("folder", "shards", "resident")
+
+
+def fit_from(source: str, folders: tuple[str, str], size: int, num_workers: int) -> Any:
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    multiprocessing.set_start_method("fork", force=True)
+    data = ContrastiveDataModule(
+        Shards(folders[1]) if source == "shards" else ImageFolder(folders[0]),
+        8,
+        augment=simclr_imagenet(size),
+        resident="memory" if source == "resident" else "none",
+        num_workers=num_workers,
+        eval_batch_size=4,
+    )
+    module = Recorder()
+    trainer_of(torch.distributed.get_world_size()).fit(module, datamodule=data)
+    return module.rows
+
+
+@pytest.mark.parametrize("size", [24, 72])  # by the compiled triangle filter, and by OpenCV
+def test_views_are_identical_from_folder_shards_and_memory_at_any_ranks_and_workers(
+    square_jpegs: tuple[str, str], size: int
+) -> None:
+    def rows(source: str, ranks: int, workers: int) -> dict[str, list[Row]]:
+        found = on_ranks(ranks, fit_from, source, square_jpegs, size, workers)
+        names = ("train", "bank", "query")
+        return {n: sorted(row for r in found for row in r[n] if row[1] >= 0) for n in names}
+
+    expected = rows("folder", 1, 0)
+    assert len(expected["train"]) == 2 * 24
+    assert len({h for *_, hashes in expected["train"] for h in hashes}) == 2 * 2 * 24
+    settings = [(1, 3), (2, 1)] if size == 24 else [(2, 3)]
+    for source in SOURCES:
+        for ranks, workers in [(1, 0), *settings]:
+            assert rows(source, ranks, workers) == expected, (source, ranks, workers)
+
+
+# Views of two sizes.
+
+
+def test_small_views_are_those_of_their_own_augmentation_and_number(folder: str) -> None:
+    augment, small = simclr_imagenet(24), simclr_imagenet(12, crop_scale=(0.05, 0.3))
+    data = ContrastiveDataModule(
+        ImageFolder(folder), 8, 2, 3, augment, small, seed=4, num_workers=0
+    )
+    data.setup()
+    (batch, *_) = batches(data, data.train_dataloader(), "train")
+    assert batch["views"].shape == (16, 3, 24, 24)
+    assert batch["small_views"].shape == (24, 3, 12, 12)
+    paths = sorted(Path(folder, "train").rglob("*.jpg"))
+    for i, index in enumerate(batch["index"]):
+        key = index.numpy()[None]
+        pixels = read_image(paths[index])
+        height, width = (np.array([n]) for n in pixels.shape[:2])
+        # views 2, 3 and 4 of five: none of their numbers is one of the large views'
+        crops = small.draw_crops(4, 0, key, 5, height, width)[0, 2:]
+        images = np.empty((1, 3, 12, 12, 3), np.uint8)
+        cut_crops(pixels, crops, 12, images[0])
+        table = to_tensors(small.draw(4, 0, key, 3, first_view=2))
+        expected = small.apply(torch.from_numpy(images).permute(0, 1, 4, 2, 3), table)
+        torch.testing.assert_close(batch["small_views"][i::8], expected, rtol=0, atol=1e-5)
+
+
+def test_small_views_leave_the_large_ones_as_they_are(folder: str) -> None:
+    found = []
+    for n_small_views in (0, 4):
+        data = ContrastiveDataModule(
+            ImageFolder(folder),
+            8,
+            n_small_views=n_small_views,
+            augment=simclr_imagenet(24),
+            num_workers=0,
+        )
+        data.setup()
+        found.append(batches(data, data.train_dataloader(), "train"))
+        assert ("small_views" in found[-1][0]) == bool(n_small_views)
+    for alone, beside in zip(*found, strict=True):
+        assert torch.equal(alone["views"], beside["views"])
+    assert beside["small_views"].shape == (32, 3, 10, 10)  # 96/224 of 24
+
+
+# Images that cannot be read.
+
+
+@pytest.fixture
+def damaged(folder: str, tmp_path: Path) -> tuple[str, set[str]]:
+    """The folder with three of 26 training files and one of 7 others damaged, and their paths."""
+    root = tmp_path / "damaged"
+    shutil.copytree(folder, root)
+    train, val = (sorted((root / split).rglob("*.jpg")) for split in ("train", "val"))
+    train[3].write_bytes(b"")
+    train[11].write_bytes(train[11].read_bytes()[:300])
+    train[20].write_text("an error page")
+    val[2].unlink()
+    val[2].mkdir()
+    (val[2] / "note.txt").write_text("a folder called like an image")
+    os.symlink("nowhere", root / "val" / "ape" / "zz.jpg")
+    return str(root), {str(train[i]) for i in (3, 11, 20)} | {str(root / "val/ape/zz.jpg")}
+
+
+def fit_damaged(root: str, num_workers: int, resident: str) -> Any:
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    multiprocessing.set_start_method("fork", force=True)
+    data = ContrastiveDataModule(
+        ImageFolder(root),
+        8,
+        augment=simclr_imagenet(16),
+        num_workers=num_workers,
+        resident=resident,  # type: ignore[arg-type]
+        eval_batch_size=3,
+        max_bad_fraction=0.5,
+    )
+    module, log = Recorder(), ListHandler()
+    logging.getLogger("simclr_pl").addHandler(log)
+    trainer_of(torch.distributed.get_world_size()).fit(module, datamodule=data)
+    return module.rows, data.unreadable, log.messages
+
+
+class ListHandler(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def test_unreadable_images_are_replaced_and_each_reported_once_with_its_path(
+    damaged: tuple[str, set[str]],
+) -> None:
+    root, bad = damaged
+    ((rows, unreadable, messages),) = on_ranks(1, fit_damaged, root, 2, "none")
+    assert set(unreadable) == bad
+    assert sorted(m.split("'")[1] for m in messages) == sorted(bad)  # two epochs, one report
+    assert "the file is empty" in "".join(messages)
+    readable = set(range(26)) - {3, 11, 20}
+    steps = zip(*[iter(rows["train"])] * 8, strict=True)
+    for step in steps:
+        index = [row[1] for row in step]
+        assert len(set(index)) == 8  # never a duplicate: it would be a false negative
+        assert set(index) <= readable
+        assert all(row[2] >= 0 for row in step)
+    assert sum(row[1] < 0 for row in rows["bank"]) == 2 * 3  # left out, in each of two passes
+    assert {row[1] for row in rows["bank"]} - {-1} == readable
+    assert all(row[2] == -1 for row in rows["bank"] + rows["query"] if row[1] < 0)
+
+
+def test_who_replaces_an_unreadable_image_depends_on_neither_ranks_nor_workers(
+    damaged: tuple[str, set[str]],
+) -> None:
+    def rows(ranks: int, workers: int) -> list[Row]:
+        found = on_ranks(ranks, fit_damaged, damaged[0], workers, "none")
+        return sorted(row for r, _, _ in found for row in r["train"])
+
+    expected = rows(1, 0)
+    assert len(expected) == 2 * 3 * 8
+    assert rows(1, 3) == expected
+    assert rows(2, 1) == expected
+
+
+def test_two_unreadable_images_of_a_batch_get_different_spares(tmp_path: Path) -> None:
+    for i in range(40):
+        Image.fromarray(noise(i)).save(tmp_path / f"{i:02}.png")
+    for i in range(0, 40, 3):  # a third
+        (tmp_path / f"{i:02}.png").write_bytes(b"")
+    data = ContrastiveDataModule(
+        ImageFolder(str(tmp_path)),
+        8,
+        augment=simclr_imagenet(8),
+        num_workers=0,
+        max_bad_fraction=0.9,
+    )
+    data.setup()
+    for batch in batches(data, data.train_dataloader(), "train"):
+        assert len(set(batch["index"].tolist())) == 8
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_run_stops_where_too_many_images_are_unreadable(
+    damaged: tuple[str, set[str]], num_workers: int
+) -> None:
+    data = ContrastiveDataModule(
+        ImageFolder(damaged[0]),
+        8,
+        augment=simclr_imagenet(8),
+        num_workers=num_workers,
+        max_bad_fraction=0.04,
+    )
+    with pytest.raises(
+        InputError, match=r"`max_bad_fraction` 0.04 .*; got [23] of 33, last '.*jpg'"
+    ):
+        trainer_of().fit(Recorder(), datamodule=data)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_storage_that_is_gone_stops_the_run_with_one_line(
+    folder: str, tmp_path: Path, num_workers: int
+) -> None:
+    shutil.copytree(folder, tmp_path / "gone")
+    data = ContrastiveDataModule(
+        ImageFolder(str(tmp_path / "gone")), 8, num_workers=num_workers, max_bad_fraction=1.0
+    )
+    data.setup()
+    shutil.rmtree(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"no other to take their place.*No such file") as caught:
+        next(iter(data.train_dataloader()))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_mistake_of_a_user_s_data_set_arrives_as_one_line_from_a_worker() -> None:
+    floats = TensorDataset(torch.rand(40, 3, 8, 8))
+    data = ContrastiveDataModule(
+        DatasetSource(floats), 8, augment=simclr_imagenet(8), num_workers=1, resident="none"
+    )
+    data.setup()
+    with pytest.raises(InputError, match=r"^a data set's images must be .*without transforms\.$"):
+        next(iter(data.train_dataloader()))
+
+
+def test_what_was_reported_travels_in_the_state_as_plain_text() -> None:
+    first = ContrastiveDataModule(Digits())
+    first._sets = {}
+    first.unreadable["a.jpg"] = "the file is empty"
+    again = ContrastiveDataModule(Digits())
+    again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert again.unreadable == {"a.jpg": "the file is empty"}
+
+
+# What lives in memory.
+
+
+def test_auto_keeps_in_memory_what_has_one_size_and_fits(
+    folder: str, square_jpegs: tuple[str, str]
+) -> None:
+    for source, options, kind in (
+        (ImageFolder(square_jpegs[0]), {}, "resident in memory"),  # 224 pixels: not by the kernels
+        (ImageFolder(square_jpegs[0]), {"augment": simclr_imagenet(32)}, "resident on cpu"),
+        (ImageFolder(square_jpegs[0]), {"resident": "none"}, "read by"),
+        (Shards(square_jpegs[1]), {}, "resident in memory"),
+        (ImageFolder(folder), {}, "read by"),
+    ):
+        data = ContrastiveDataModule(source, 8, **options)  # type: ignore[arg-type]
+        data.setup()
+        assert kind in data.describe()
+        assert (data.train_dataloader().num_workers == 0) == ("resident" in kind)
+
+
+def test_a_set_is_held_in_memory_once_for_training_and_bank(square_jpegs: tuple[str, str]) -> None:
+    data = ContrastiveDataModule(ImageFolder(square_jpegs[0]), 8)
+    data.setup()
+    assert data._sets["train"] is data._sets["bank"]
+    assert data._sets["train"] is not data._sets["query"]
+
+
+def test_forcing_images_of_unequal_size_into_memory_names_one(folder: str) -> None:
+    data = ContrastiveDataModule(ImageFolder(folder), 8, resident="memory")
+    with pytest.raises(
+        InputError, match=r"images of one size; got .*jpg'.*`data.resident` to none"
+    ):
+        data.setup()
+
+
+# The clock.
+
+
+class Slow(Squares):
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        time.sleep(0.01)
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_loader_knows_how_long_it_was_waited_for(num_workers: int) -> None:
+    data = ContrastiveDataModule(
+        DatasetSource(Slow(), query=Squares()),
+        20,
+        augment=simclr_imagenet(8),
+        num_workers=num_workers,
+        resident="none",
+    )
+    data.setup()
+    loader = data.train_dataloader()
+    begin = time.perf_counter()
+    assert len(list(loader)) == 2
+    assert 0.2 < loader.seconds_waited < time.perf_counter() - begin
+    before = loader.seconds_waited
+    for _ in loader:
+        time.sleep(0.3)  # a busy consumer; a worker uses that time
+    waited = loader.seconds_waited - before
+    assert waited > 0.35 if num_workers == 0 else waited < 0.45
 
 
 # The bank.
@@ -417,16 +747,6 @@ def test_where_no_image_is_labelled_the_bank_holds_all_without_labels() -> None:
 # A data set of the user's own; describing; workers.
 
 
-class Squares(Dataset):
-    targets = tuple(i % 4 for i in range(40))
-
-    def __len__(self) -> int:
-        return 40
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(noise(i, 10 + i % 5, 12)), self.targets[i]
-
-
 def test_a_data_set_is_accepted_directly_and_trained_on() -> None:
     data = ContrastiveDataModule(Squares(), 9, augment=simclr_imagenet(8), num_workers=0)
     module = Recorder()
@@ -441,7 +761,7 @@ def test_a_data_set_is_accepted_directly_and_trained_on() -> None:
 def test_describe_names_the_source_the_counts_and_where_the_images_are(folder: str) -> None:
     data = ContrastiveDataModule(Digits(), bank_size=1000)
     data.setup()
-    line = "Digits: 1,347 train, 1,000 bank, 450 query images, in memory"
+    line = "Digits: 1,347 train, 1,000 bank, 450 query images, 1 MiB resident on cpu"
     assert data.describe() == line
     data = ContrastiveDataModule(ImageFolder(folder), 8, num_workers=3)
     data.setup()
@@ -472,8 +792,12 @@ def test_what_a_worker_gets_can_be_pickled_as_the_start_method_spawn_needs(folde
             assert flat(copy[draw]) == flat(loader.dataset[draw])
 
 
-def flat(batch: dict[str, Any]) -> dict[str, Any]:
-    return {k: flat(v) if isinstance(v, dict) else v.tolist() for k, v in batch.items()}
+def flat(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: flat(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [flat(item) for item in value]
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 # Errors.

@@ -1,389 +1,114 @@
-"""Sources: which images, in which split, with which label."""
+"""Sets of images, and sources made of a user's data set."""
 
-import hashlib
-import os
-import pickle
-from pathlib import Path
+import io
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torchvision.datasets
+from pictures import content, encoded, noise, opened, pixels_of
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from simclr_pl.data import CIFAR10, CIFAR100, STL10, DatasetSource, Digits, ImageFolder, Source
-from simclr_pl.data.sources import Images, ResidentImages, StoredImages, as_source
+from simclr_pl.data import DatasetSource, Digits
+from simclr_pl.data.decode import UnreadableImage
+from simclr_pl.data.sources import (
+    EncodedReader,
+    Images,
+    ResidentImages,
+    StoredImages,
+    as_source,
+)
 from simclr_pl.errors import InputError
 
-
-def opened(source: Source) -> Source:
-    source.prepare()
-    source.open()
-    return source
-
-
-def pixels_of(images: Images) -> list[np.ndarray]:
-    """(H, W, C) uint8 of every image."""
-    if isinstance(images, ResidentImages):
-        return list(images.pixels.permute(0, 2, 3, 1).numpy())
-    return [images.read(i) for i in range(len(images))]
-
-
-def noise(seed: int, height: int = 6, width: int = 8, channels: int = 3) -> np.ndarray:
-    generator = np.random.default_rng(seed)
-    return generator.integers(0, 256, (height, width, channels), dtype=np.uint8)
-
-
-# Digits.
-
-
-def test_digits_have_1347_and_450_grey_images_of_32_pixels_in_all_classes() -> None:
-    digits = opened(Digits())
-    assert digits.channels == 1
-    assert digits.bank is digits.train
-    for images, count in ((digits.train, 1347), (digits.query, 450)):
-        assert isinstance(images, ResidentImages)
-        assert len(images) == count
-        assert images.pixels.shape == (count, 1, 32, 32)
-        assert images.pixels.dtype == torch.uint8
-        assert images.labels.dtype == np.int64
-        assert np.bincount(images.labels).min() > 0.05 * count
-        assert images.labels.max() == 9
-
-
-def test_digits_are_the_same_for_ever() -> None:
-    # A change of these pixels makes every published number on them void.
-    digits = opened(Digits())
-    digest = hashlib.sha256()
-    for images in (digits.train, digits.query):
-        digest.update(images.pixels.numpy().tobytes())
-        digest.update(images.labels.astype("<i8").tobytes())
-    assert digest.hexdigest() == "256edd4b207969c26119550940d35f3a271bf65075cebb6f9c188182a3940ee4"
-
-
-def test_digits_do_not_depend_on_random_state_and_are_drawn_anew_each_time() -> None:
-    torch.manual_seed(5)
-    np.random.seed(5)  # noqa: NPY002 (the global state is the point)
-    first = opened(Digits())
-    torch.manual_seed(6)
-    np.random.seed(6)  # noqa: NPY002
-    again = opened(Digits())
-    for name in ("train", "query"):
-        one, other = getattr(first, name), getattr(again, name)
-        assert torch.equal(one.pixels, other.pixels)
-        assert np.array_equal(one.labels, other.labels)
-        assert one.pixels.data_ptr() != other.pixels.data_ptr()
-
-
-def test_digit_splits_share_no_image() -> None:
-    digits = opened(Digits())
-    train, query = ({p.tobytes() for p in pixels_of(s)} for s in (digits.train, digits.query))
-    assert len(train) == 1347  # no image twice
-    assert len(query) == 450
-    assert not train & query
-
-
-def test_digits_lie_at_every_place_of_a_noisy_canvas() -> None:
-    pixels = opened(Digits()).train.pixels[:, 0].float()
-    centre = (pixels > 128).float()  # above all noise
-    rows = (centre.sum((0, 2)) > 0).nonzero()[:, 0]
-    columns = (centre.sum((0, 1)) > 0).nonzero()[:, 0]
-    assert (rows.min(), rows.max()) == (0, 31)
-    assert columns.min() <= 2
-    assert columns.max() >= 29
-    corner = pixels[:, 0, 0][pixels[:, 0, 0] <= 77]
-    assert 0.25 * 255 < corner.max() <= 0.3 * 255 + 0.5
-    assert abs(corner.mean() - 0.15 * 255) < 2
-
-
-# CIFAR and STL: tiny archives in torchvision's layout, with checksums to match.
-
-
-def md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes()).hexdigest()
-
-
-def write_cifar(
-    dataset: Any, root: Path, labels_name: str, classes: int, monkeypatch: pytest.MonkeyPatch
-) -> dict[bool, tuple[np.ndarray, list[int]]]:
-    """Three images a batch; returns pixels (M, 3, 32, 32) and labels by whether it is training."""
-    folder = root / dataset.base_folder
-    folder.mkdir()
-    written: dict[bool, tuple[np.ndarray, list[int]]] = {}
-    generator = np.random.default_rng(0)
-    for training, name in ((True, "train_list"), (False, "test_list")):
-        sums, pixels, labels = [], [], []
-        for file_name, _ in getattr(dataset, name):
-            rows = generator.integers(0, 256, (3, 3 * 32 * 32), dtype=np.uint8)
-            numbers = generator.integers(0, classes, 3).tolist()
-            (folder / file_name).write_bytes(pickle.dumps({"data": rows, labels_name: numbers}))
-            sums.append([file_name, md5(folder / file_name)])
-            pixels.append(rows.reshape(3, 3, 32, 32))  # the archive has planes: red, green, blue
-            labels += numbers
-        monkeypatch.setattr(dataset, name, sums)
-        written[training] = np.concatenate(pixels), labels
-    meta = dict(dataset.meta)
-    (folder / meta["filename"]).write_bytes(
-        pickle.dumps({meta["key"]: [str(i) for i in range(classes)]})
-    )
-    monkeypatch.setattr(dataset, "meta", {**meta, "md5": md5(folder / meta["filename"])})
-    return written
-
-
-CIFARS = [
-    (CIFAR10, torchvision.datasets.CIFAR10, "labels", 10),
-    (CIFAR100, torchvision.datasets.CIFAR100, "fine_labels", 100),
-]
-
-
-@pytest.mark.parametrize(("source", "dataset", "labels_name", "classes"), CIFARS)
-def test_cifar_has_the_pixels_and_labels_of_its_archive(
-    source: Any,
-    dataset: Any,
-    labels_name: str,
-    classes: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    written = write_cifar(dataset, tmp_path, labels_name, classes, monkeypatch)
-    for download in (False, True):  # with the files there, nothing is fetched
-        cifar = opened(source(str(tmp_path), download=download))
-        assert cifar.channels == 3
-        assert cifar.bank is cifar.train
-        for training, images in ((True, cifar.train), (False, cifar.query)):
-            pixels, labels = written[training]
-            assert images.pixels.dtype == torch.uint8
-            assert images.pixels.is_contiguous()
-            assert np.array_equal(images.pixels.numpy(), pixels)
-            assert images.labels.dtype == np.int64
-            assert images.labels.tolist() == labels
-    assert cifar.default_augment().size == 32
-
-
-def write_stl(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    """4 labelled, 3 unlabelled and 2 test images; returns what was written, labels from 0."""
-    dataset = torchvision.datasets.STL10
-    folder = root / dataset.base_folder
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    written = {}
-    for name, count in (("train", 4), ("unlabeled", 3), ("test", 2)):
-        pixels = generator.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8)
-        written[name] = pixels
-        # The archive is column by column.
-        (folder / f"{name}_X.bin").write_bytes(pixels.transpose(0, 1, 3, 2).tobytes())
-        if name != "unlabeled":
-            labels = generator.integers(0, 10, count)
-            written[f"{name}_labels"] = labels
-            (folder / f"{name}_y.bin").write_bytes((labels + 1).astype(np.uint8).tobytes())
-    for name in ("train_list", "test_list"):
-        sums = [[file, md5(folder / file)] for file, _ in getattr(dataset, name)]
-        monkeypatch.setattr(dataset, name, sums)
-    return written
-
-
-def test_stl10_learns_from_unlabelled_images_too_and_its_bank_is_the_labelled_split(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written = write_stl(tmp_path, monkeypatch)
-    stl = opened(STL10(str(tmp_path), download=True))
-    everything = np.concatenate([written["train"], written["unlabeled"]])
-    for images, pixels, labels in (
-        (stl.train, everything, [*written["train_labels"].tolist(), -1, -1, -1]),
-        (stl.bank, written["train"], written["train_labels"].tolist()),
-        (stl.query, written["test"], written["test_labels"].tolist()),
-    ):
-        assert images.pixels.dtype == torch.uint8
-        assert np.array_equal(images.pixels.numpy(), pixels)
-        assert images.labels.dtype == np.int64
-        assert images.labels.tolist() == labels
-    assert stl.default_augment().size == 96
-
-
-@pytest.mark.parametrize("source", [CIFAR10, CIFAR100, STL10])
-def test_missing_archives_without_download_raise_input_error(source: Any, tmp_path: Path) -> None:
-    missing = source(str(tmp_path / "nowhere"), download=False)
-    missing.prepare()
-    with pytest.raises(InputError, match=f"must hold {source.__name__}; got .*nowhere.*download"):
-        missing.open()
-    assert not (tmp_path / "nowhere").exists()
-
-
-def test_a_damaged_archive_raises_input_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_cifar(torchvision.datasets.CIFAR10, tmp_path, "labels", 10, monkeypatch)
-    with (tmp_path / "cifar-10-batches-py" / "data_batch_3").open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(InputError, match="must hold CIFAR10"):
-        CIFAR10(str(tmp_path), download=False).open()
-
-
-# ImageFolder.
-
-
-def write(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-def write_classes(root: Path, counts: dict[str, int], seed: int = 0) -> dict[bytes, str]:
-    """Noise images ``root/<class>/<i>.png``; returns pixels -> class."""
-    written = {}
-    for name, count in counts.items():
-        for i in range(count):
-            seed += 1
-            write(root / name / f"{i}.png", noise(seed))
-            written[noise(seed).tobytes()] = name
-    return written
-
-
-def content(images: Images) -> list[tuple[bytes, int]]:
-    return [(p.tobytes(), label) for p, label in zip(pixels_of(images), images.labels, strict=True)]
-
-
-@pytest.mark.parametrize("split", ["val", "test", "validation"])
-def test_train_beside_val_gives_the_given_split_with_the_numbers_of_train(
-    split: str, tmp_path: Path
-) -> None:
-    # val lacks a class of train, and has one that train lacks: that one has no number
-    train = write_classes(tmp_path / "train", {"ape": 3, "bee": 2, "cat": 4})
-    query = write_classes(tmp_path / split, {"aardvark": 1, "bee": 2, "cat": 1}, seed=100)
-    folder = opened(ImageFolder(str(tmp_path)))
-    number = {"ape": 0, "bee": 1, "cat": 2}
-    assert folder.bank is folder.train
-    assert dict(content(folder.train)) == {p: number[name] for p, name in train.items()}
-    assert dict(content(folder.query)) == {p: number.get(name, -1) for p, name in query.items()}
-    assert (len(folder.train), len(folder.query)) == (9, 4)
-
-
-def test_val_is_preferred_to_test(tmp_path: Path) -> None:
-    for split, count in (("train", 2), ("test", 3), ("val", 4)):
-        write_classes(tmp_path / split, {"ape": count})
-    assert len(opened(ImageFolder(str(tmp_path))).query) == 4
-
-
-@pytest.mark.parametrize("under", ["", "train"])
-def test_class_folders_keep_a_tenth_for_evaluation_the_same_in_every_run(
-    under: str, tmp_path: Path
-) -> None:
-    written = write_classes(tmp_path / under, {"bee": 25, "ape": 15})
-    folder, again = (opened(ImageFolder(str(tmp_path))) for _ in range(2))
-    assert (len(folder.train), len(folder.query)) == (36, 4)
-    together = content(folder.train) + content(folder.query)
-    assert dict(together) == {p: int(name == "bee") for p, name in written.items()}
-    assert len(dict(together)) == 40
-    assert content(folder.train) == content(again.train)
-    assert content(folder.query) == content(again.query)
-
-
-@pytest.mark.parametrize(("fraction", "kept"), [(0.5, 10), (0.26, 5), (0.001, 1)])
-def test_query_fraction_is_the_share_kept_and_at_least_one(
-    fraction: float, kept: int, tmp_path: Path
-) -> None:
-    write_classes(tmp_path, {"ape": 20})
-    folder = opened(ImageFolder(str(tmp_path), query_fraction=fraction))
-    assert (len(folder.query), len(folder.train)) == (kept, 20 - kept)
-
-
-def test_images_without_class_folders_have_no_labels(tmp_path: Path) -> None:
-    for i in range(20):
-        write(tmp_path / f"{i}.png", noise(i))
-    folder = opened(ImageFolder(str(tmp_path)))
-    assert (len(folder.train), len(folder.query)) == (18, 2)
-    assert set(folder.train.labels) == set(folder.query.labels) == {-1}
-    found = {p for p, _ in content(folder.train) + content(folder.query)}
-    assert found == {noise(i).tobytes() for i in range(20)}
-
-
-def test_subfolders_of_a_class_folder_belong_to_the_class(tmp_path: Path) -> None:
-    write(tmp_path / "train" / "ape" / "2020" / "may" / "a.png", noise(1))
-    write(tmp_path / "train" / "ape" / "b.png", noise(2))
-    write(tmp_path / "train" / "bee" / "ape" / "c.png", noise(3))
-    write(tmp_path / "train" / "stray.png", noise(4))
-    write(tmp_path / "val" / "bee" / "x" / "d.png", noise(5))
-    folder = opened(ImageFolder(str(tmp_path)))
-    labels = {1: 0, 2: 0, 3: 1, 4: -1}
-    assert dict(content(folder.train)) == {noise(s).tobytes(): n for s, n in labels.items()}
-    assert content(folder.query) == [(noise(5).tobytes(), 1)]
-
-
-def test_other_files_are_left_out_and_extensions_may_be_in_capitals(tmp_path: Path) -> None:
-    write(tmp_path / "train" / "ape" / "a.PNG", noise(1))
-    (tmp_path / "train" / "ape" / "notes.txt").write_text("no image")
-    (tmp_path / "train" / "ape" / ".DS_Store").write_bytes(b"x")
-    write(tmp_path / "val" / "ape" / "a.png", noise(2))
-    assert content(opened(ImageFolder(str(tmp_path))).train) == [(noise(1).tobytes(), 0)]
-
-
-def test_file_names_in_any_script_or_in_none_are_read(tmp_path: Path) -> None:
-    names = [
-        "träume und bilder.png",
-        "画像.png",
-        os.fsdecode(b"\xe9t\xe9.png"),
-    ]  # the last: Latin-1
-    for i, name in enumerate(names):
-        write(tmp_path / "train" / "ape" / f"{i}.png", noise(i))
-        (tmp_path / "train" / "ape" / f"{i}.png").rename(tmp_path / "train" / "ape" / name)
-    write(tmp_path / "val" / "ape" / "a.png", noise(9))
-    found = {p for p, _ in content(opened(ImageFolder(str(tmp_path))).train)}
-    assert found == {noise(i).tobytes() for i in range(3)}
-
-
-@pytest.mark.parametrize("grey", [False, True])
-def test_resident_equals_reading_one_by_one(grey: bool, tmp_path: Path) -> None:
-    write_classes(tmp_path, {"ape": 12, "bee": 8})
-    stored = opened(ImageFolder(str(tmp_path), grey=grey))
-    resident = opened(ImageFolder(str(tmp_path), grey=grey, resident=True))
-    for name in ("train", "bank", "query"):
-        slow, fast = getattr(stored, name), getattr(resident, name)
-        assert isinstance(slow, StoredImages)
-        assert isinstance(fast, ResidentImages)
-        assert fast.pixels.dtype == torch.uint8
-        assert fast.pixels.shape[1:] == (1 if grey else 3, 6, 8)
-        assert content(fast) == content(slow)
-
-
-def test_grey_reads_one_channel(tmp_path: Path) -> None:
-    write_classes(tmp_path, {"ape": 10})
-    colour, grey = opened(ImageFolder(str(tmp_path))), opened(ImageFolder(str(tmp_path), grey=True))
-    assert (colour.channels, grey.channels) == (3, 1)
-    for rgb, one in zip(pixels_of(colour.train), pixels_of(grey.train), strict=True):
-        assert one.shape == (6, 8, 1)
-        assert np.abs(rgb @ [0.299, 0.587, 0.114] - one[..., 0]).max() <= 1
-
-
-def test_resident_images_of_unequal_size_raise_input_error(tmp_path: Path) -> None:
-    write_classes(tmp_path, {"ape": 9})
-    write(tmp_path / "bee" / "odd.png", noise(0, height=7))
-    with pytest.raises(InputError, match=r"one size; got \(7, 8\) at position 9 and \(6, 8\) at 0"):
-        ImageFolder(str(tmp_path), resident=True).open()
-    assert len(opened(ImageFolder(str(tmp_path))).train) == 9
-
-
-def test_a_root_that_is_missing_or_a_file_or_empty_raises_input_error_with_its_path(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "file.png").write_bytes(b"x")
-    (tmp_path / "empty" / "ape").mkdir(parents=True)
-    for name, words in (
-        ("missing", "folder of images; got .* does not exist"),
-        ("file.png", "folder of images; got .* is a file"),
-        ("empty", "must hold images .*; got none under"),
-    ):
-        with pytest.raises(InputError, match=words) as caught:
-            ImageFolder(str(tmp_path / name)).open()
-        assert repr(str(tmp_path / name)) in str(caught.value)
-
-
-def test_an_empty_val_raises_input_error_with_its_path(tmp_path: Path) -> None:
-    write_classes(tmp_path / "train", {"ape": 2})
-    (tmp_path / "val").mkdir()
-    with pytest.raises(InputError, match="got none under") as caught:
-        ImageFolder(str(tmp_path)).open()
-    assert repr(str(tmp_path / "val")) in str(caught.value)
+# Sets of images.
+
+
+class InMemory(EncodedReader):
+    """Encoded images of a list; None is one that cannot be fetched."""
+
+    def __init__(self, files: list[bytes | None], channels: int = 3, **options: Any) -> None:
+        super().__init__(channels, **options)
+        self.files = files
+
+    def name(self, i: int) -> str:
+        return f"file {i}"
+
+    def encoded(self, i: int) -> bytes:
+        data = self.files[i]
+        if data is None:
+            raise UnreadableImage("gone")
+        return data
+
+
+def both_kinds(count: int) -> list[Images]:
+    """The same images, with ten times their number for a label, in memory and stored."""
+    pixels, labels = [noise(i) for i in range(count)], np.arange(count) * 10
+    resident = ResidentImages(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), labels)
+    return [resident, StoredImages(InMemory([encoded(p, "png") for p in pixels]), labels)]
+
+
+def test_subsets_keep_pixels_and_labels_together_in_the_given_order() -> None:
+    index = np.array([4, 0, 5])
+    for images in both_kinds(6):
+        subset = images.subset(index)
+        assert len(subset) == 3
+        assert content(subset) == [(noise(i).tobytes(), 10 * i) for i in index]
+        assert content(subset.subset(np.array([2, 0]))) == [
+            (noise(i).tobytes(), 10 * i) for i in (5, 4)
+        ]
+
+
+def test_pictures_have_the_size_of_their_pixels() -> None:
+    for images in both_kinds(2):
+        picture = images.open(1)
+        assert (picture.height, picture.width) == (6, 8)
+        assert picture.pixels().shape == (6, 8, 3)
+
+
+def test_a_subset_of_stored_images_has_their_names_and_files() -> None:
+    images = both_kinds(6)[1]
+    assert isinstance(images, StoredImages)
+    subset = images.subset(np.array([4, 0, 5])).subset(np.array([2, 0]))
+    assert [subset.name(i) for i in range(2)] == ["file 5", "file 4"]
+    assert [subset.number(i) for i in range(2)] == [5, 4]
+    assert [subset.encoded(i) for i in range(2)] == [encoded(noise(i), "png") for i in (5, 4)]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resident_images_keep_channels_last_and_copy_only_what_does_not(channels: int) -> None:
+    last = torch.from_numpy(np.stack([noise(i, channels=channels) for i in range(4)]))
+    for pixels in (last.permute(0, 3, 1, 2), last.permute(0, 3, 1, 2).contiguous()):
+        images = ResidentImages(pixels, np.arange(4))
+        assert torch.equal(images.pixels, last.permute(0, 3, 1, 2))
+        assert images.pixels.is_contiguous(memory_format=torch.channels_last)
+        for i in range(4):
+            row = images.open(i).pixels()
+            assert np.array_equal(row, last[i].numpy())
+            assert row.flags.c_contiguous
+    kept = ResidentImages(last.permute(0, 3, 1, 2), np.arange(4))
+    assert kept.pixels.data_ptr() == last.data_ptr()
+    assert np.shares_memory(kept.open(2).pixels(), last.numpy())
+
+
+def test_unreadable_resident_images_keep_their_name_and_reason_in_a_subset() -> None:
+    pixels = torch.zeros(5, 3, 6, 8, dtype=torch.uint8)
+    unreadable = {1: ("a.jpg", "it is cut"), 3: ("b.jpg", "it is empty")}
+    images = ResidentImages(pixels, np.arange(5), unreadable).subset(np.array([4, 3, 0, 1]))
+    assert [images.name(i) for i in range(4)] == ["image 0", "b.jpg", "image 2", "a.jpg"]
+    for i, reason in ((1, "it is empty"), (3, "it is cut")):
+        with pytest.raises(UnreadableImage, match=reason):
+            images.open(i)
+    assert images.open(0).pixels().shape == (6, 8, 3)
+
+
+def test_an_encoded_reader_passes_on_its_channels_its_limit_and_its_errors() -> None:
+    files = [encoded(noise(0), "png"), encoded(noise(0, 7, 8), "png"), b"no image", None]
+    reader = InMemory(files, channels=1, max_pixels=48)
+    assert reader.open(0).pixels().shape == (6, 8, 1)
+    for i, reason in ((1, "`max_pixels` 48"), (2, "of no known image format"), (3, "gone")):
+        with pytest.raises(UnreadableImage, match=reason):
+            reader.open(i)
 
 
 # A data set of the user's own.
@@ -509,26 +234,6 @@ def test_as_source_of_anything_else_raises_input_error(garbage: Any) -> None:
         as_source(garbage)
 
 
-def test_subsets_keep_pixels_and_labels_together_in_the_given_order() -> None:
-    pixels = [noise(i) for i in range(6)]
-    labels = np.arange(6) * 10
-    resident = ResidentImages(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), labels)
-    stored = StoredImages(lambda i: pixels[i], labels)
-    index = np.array([4, 0, 5])
-    for images in (resident, stored):
-        subset = images.subset(index)
-        assert content(subset) == [(pixels[i].tobytes(), 10 * i) for i in index]
-        assert content(subset.subset(np.array([2, 0]))) == [
-            (pixels[i].tobytes(), 10 * i) for i in (5, 4)
-        ]
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1])
-def test_a_query_fraction_that_is_no_share_is_refused(fraction: float) -> None:
-    with pytest.raises(InputError, match=r"`query_fraction` must be within \(0, 1\); got"):
-        ImageFolder("images", query_fraction=fraction)
-
-
 def test_a_subset_of_a_labelled_data_set_keeps_its_labels() -> None:
     class Labelled(torch.utils.data.Dataset):
         targets = (3, 1, 4, 1, 5)
@@ -543,4 +248,38 @@ def test_a_subset_of_a_labelled_data_set_keeps_its_labels() -> None:
     source = DatasetSource(subset, query=Labelled())
     source.open()
     assert source.train.labels.tolist() == [5, 3, 4]
-    assert source.train.read(1)[0, 0, 0] == 0
+    assert pixels_of(source.train)[1][0, 0, 0] == 0
+
+
+class Failing(Dataset):
+    """Fails as data sets of users do."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, i: int) -> Any:
+        if i == 0:
+            raise FileNotFoundError("a.jpg")
+        if i == 1:
+            return Image.open(__file__)
+        return noise(2)
+
+
+def test_an_item_whose_reading_fails_is_unreadable_by_its_number_and_the_error() -> None:
+    images = opened(DatasetSource(Failing(), query=Failing())).train
+    assert isinstance(images, StoredImages)
+    assert images.name(0) == "item 0 of Failing"
+    assert images.encoded(0) is None
+    with pytest.raises(UnreadableImage, match=r"FileNotFoundError: a\.jpg"):
+        images.open(0)
+    with pytest.raises(UnreadableImage, match="UnidentifiedImageError"):
+        images.open(1)
+    assert np.array_equal(images.open(2).pixels(), noise(2))
+
+
+def test_a_lazy_pil_image_that_is_damaged_is_unreadable_when_read() -> None:
+    damaged = encoded(noise(0, 90, 90), "png")[:2000]
+    items = Listed([Image.open(io.BytesIO(damaged))])
+    images = opened(DatasetSource(items, query=items)).train
+    with pytest.raises(UnreadableImage, match="truncated"):
+        images.open(0)

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from ranks import on_ranks
 from tiny import tiny_data, tiny_fit, tiny_model, tiny_trainer, weights
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW
 
 from simclr_pl import LARS, ConvEncoder, InputError, Projector, SimCLR
 from simclr_pl.losses import nt_xent
@@ -42,6 +42,34 @@ def test_training_step_encodes_all_views_at_once_and_returns_the_contract() -> N
     z = tiny_model().train()
     expected = nt_xent(z.projector(z.encoder(batch["views"])).view(2, 6, 8), temperature=0.2)
     torch.testing.assert_close(out["loss"], expected)
+
+
+def test_small_views_are_encoded_apart_and_are_positives_of_all_views_of_their_image() -> None:
+    losses, calls = [], []
+
+    class Recording(Callback):
+        def on_train_batch_end(
+            self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any
+        ) -> None:
+            losses.append((outputs, batch))
+
+    model = tiny_model(optimizer=partial(SGD, lr=0.0))
+    model.encoder.register_forward_hook(lambda *args: calls.append(tuple(args[1][0].shape)))
+    trainer = tiny_trainer([Recording()], max_epochs=1, num_sanity_val_steps=0, limit_val_batches=0)
+    trainer.fit(model, datamodule=tiny_data(n_small_views=3))
+    assert calls[:2] == [(128, 1, 32, 32), (192, 1, 14, 14)]
+    model.train()
+    for outputs, batch in losses:
+        parts = [model.projector(model.encoder(batch[n])) for n in ("views", "small_views")]
+        z = torch.nn.functional.normalize(torch.cat(parts).double(), dim=1)  # (5*64, D)
+        similarity = z @ z.T / 0.2
+        similarity.fill_diagonal_(-torch.inf)
+        log_p = similarity - similarity.logsumexp(1, keepdim=True)
+        image = torch.arange(64).repeat(5)
+        positive = (image[:, None] == image) & ~torch.eye(320, dtype=torch.bool)
+        expected = -(log_p.where(positive, 0).sum(1) / 4).mean()  # the mean over four positives
+        torch.testing.assert_close(outputs["loss"].double(), expected, rtol=0, atol=1e-5)
+        assert outputs["features"].shape == (320, 32)
 
 
 class Gradients(Callback):

@@ -1,15 +1,12 @@
 """From files to batches of views."""
 
 from simclr_pl.data.datamodule import ContrastiveDataModule
-from simclr_pl.data.sources import (
-    CIFAR10,
-    CIFAR100,
-    STL10,
-    DatasetSource,
-    Digits,
-    ImageFolder,
-    Source,
-)
+from simclr_pl.data.digits import Digits
+from simclr_pl.data.folders import ImageFolder
+from simclr_pl.data.shards import Shards
+from simclr_pl.data.sources import DatasetSource, Source
+from simclr_pl.data.streaming import StreamedShards
+from simclr_pl.data.torchvision_sets import CIFAR10, CIFAR100, STL10
 
 __all__ = [
     "CIFAR10",
@@ -19,5 +16,7 @@ __all__ = [
     "DatasetSource",
     "Digits",
     "ImageFolder",
+    "Shards",
     "Source",
+    "StreamedShards",
 ]

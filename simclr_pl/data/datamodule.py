@@ -3,102 +3,62 @@
 Symbols: B images of this rank's batch, V views, C channels, S side of a view.
 """
 
+import logging
 import os
-from typing import Any
+from collections.abc import Iterable
+from threading import Timer
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from simclr_pl.augment import Augment
-from simclr_pl.data.decode import cut_crops
-from simclr_pl.data.sampler import Draw, EvaluationSampler, KeyedSampler
+from simclr_pl.augment import Augment, Table
+from simclr_pl.crop_kernels import crop_rows, is_small, resize
+from simclr_pl.data.batches import Batch, BatchDataset, Loader, Views, to_tensors
+from simclr_pl.data.resident import fits_on_device, hold
+from simclr_pl.data.sampler import EvaluationSampler, KeyedSampler
 from simclr_pl.data.sources import Images, ResidentImages, Source, as_source
 from simclr_pl.errors import InputError
 from simclr_pl.image_operations import crop_resize, to_float
 from simclr_pl.keyed_random import Stream, permutation
 
-Batch = dict[str, Any]
-
-
-class _ViewDataset(Dataset[Batch]):
-    """Maps a `Draw` to a batch on the CPU; ``n_views`` 0 asks for the clean view."""
-
-    def __init__(
-        self, images: Images, augment: Augment, seed: int, n_views: int, channels: int
-    ) -> None:
-        self.images, self.augment, self.seed = images, augment, seed
-        self.n_views, self.channels = n_views, channels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, draw: Draw) -> Batch:
-        position = np.maximum(draw.positions, 0)  # padding shows image 0, without label or index
-        label = np.where(draw.positions < 0, -1, self.images.labels[position])
-        batch: Batch = {"label": label, "index": draw.positions}
-        if self.n_views:
-            table = self.augment.draw(self.seed, draw.epoch, draw.positions, self.n_views)
-            # Bits, not floats: Lightning's precisions 16-true to 64-true would convert these.
-            bits = {n: v.view(np.int32) for n, v in table.items() if v.dtype == np.float32}
-            batch["table"] = table | bits
-        if isinstance(self.images, ResidentImages):
-            height, width = (np.full(len(position), s) for s in self.images.pixels.shape[2:])
-            batch["crops"] = self._crops(draw.epoch, draw.positions, height, width)
-        else:
-            batch["images"] = self._decode(self.images.read, draw.epoch, draw.positions)
-        batch = _to_tensors(batch)
-        return batch
-
-    def _crops(
-        self, epoch: int, index: np.ndarray, height: np.ndarray, width: np.ndarray
-    ) -> np.ndarray:
-        if not self.n_views:
-            return self.augment.clean_crops(height, width)
-        return self.augment.draw_crops(self.seed, epoch, index, self.n_views, height, width)
-
-    def _decode(self, read: Any, epoch: int, index: np.ndarray) -> np.ndarray:
-        size = self.augment.size
-        shape = (len(index), max(1, self.n_views), self.channels, size, size)
-        images = np.empty(shape, np.uint8)
-        for slot, i in enumerate(index):
-            pixels = read(max(0, int(i)))  # (H, W, C)
-            height, width = np.array([pixels.shape[0]]), np.array([pixels.shape[1]])
-            crops = self._crops(epoch, index[slot : slot + 1], height, width)
-            cut_crops(pixels, crops[0], size, images[slot])
-        return images
-
-
-def _to_tensors(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _to_tensors(item) for name, item in value.items()}
-    return torch.from_numpy(value)
+_log = logging.getLogger(__name__)
 
 
 class ContrastiveDataModule(LightningDataModule):
     """Paired augmented views of one source, and clean views for evaluation.
 
     Training batches are ``views`` (V*B, C, S, S) float, all of view 0 first, ``label`` (B,) and ``index``
-    (B,). Every view is a pure function of (seed, epoch, index, view), whatever the number of ranks
-    and workers. Validation has two loaders of clean views (B, C, S, S), ``bank`` and ``query``; there,
-    rows with index -1 are padding.
+    (B,); with small views also ``small_views``, of their own size. Every view is a pure function of
+    (seed, epoch, index, view), whatever the number of ranks and workers. Validation has two loaders of
+    clean views (B, C, S, S), ``bank`` and ``query``; there, rows with index -1 are padding.
+
+    An image that cannot be read is reported once, with its path. In training another image takes its
+    place, one that is not in the global batch; in evaluation it is left out.
 
     Args:
-        source: where the images come from, e.g. `Digits`, `CIFAR10` or `ImageFolder`; from Python also
-            any `Dataset` with a length.
+        source: where the images come from, e.g. `Digits`, `CIFAR10`, `ImageFolder` or `Shards`; from
+            Python also any `Dataset` with a length.
         global_batch_size: images (not views) of one step over all ranks.
         n_views: views of each image.
+        n_small_views: further, smaller views of each image (multi-crop).
         augment: the augmentation; by default the source's own.
+        small_augment: that of the small views; by default `Augment.small` of ``augment``.
         seed: fixes the order of the images and every random choice about them.
         num_workers: loader processes on each rank; by default one for each core that the rank has,
             none for sets that live in memory.
+        resident: "memory" decodes the set once and keeps it there, "device" on the accelerator, "none"
+            reads each image when it is needed; "auto" keeps images of one size that take less than a
+            quarter of the free memory, on the accelerator if less than a quarter of its own.
         bank_size: labelled training images in the bank at most.
         eval_batch_size: images of an evaluation batch on each rank.
+        max_bad_fraction: share of images that cannot be read, above which the run stops.
 
     Raises:
-        InputError: see `setup`; or a number below 1.
+        InputError: see `setup`; a number out of its range; too many unreadable images.
     """
 
     def __init__(
@@ -106,29 +66,38 @@ class ContrastiveDataModule(LightningDataModule):
         source: Source,
         global_batch_size: int = 256,
         n_views: int = 2,
+        n_small_views: int = 0,
         augment: Augment | None = None,
+        small_augment: Augment | None = None,
         seed: int = 0,
         num_workers: int | None = None,
+        resident: Literal["auto", "memory", "device", "none"] = "auto",
         bank_size: int = 50_000,
         eval_batch_size: int = 256,
+        max_bad_fraction: float = 0.05,
     ) -> None:
         super().__init__()
         self.source = as_source(source)
         self.global_batch_size = global_batch_size
         self.n_views = n_views
+        self.n_small_views = n_small_views
         self.augment = augment or self.source.default_augment()
+        self.small_augment = small_augment or self.augment.small()
         self.seed = seed
         self.num_workers = num_workers
+        self.resident = resident
         self.bank_size = bank_size
         self.eval_batch_size = eval_batch_size
-        for name in ("global_batch_size", "n_views", "bank_size", "eval_batch_size"):
-            if getattr(self, name) < (2 if name == "n_views" else 1):
+        self.max_bad_fraction = max_bad_fraction
+        lowest = {"global_batch_size": 1, "n_views": 2, "n_small_views": 0, "max_bad_fraction": 0}
+        for name, least in {**lowest, "bank_size": 1, "eval_batch_size": 1}.items():
+            if getattr(self, name) < least:
                 raise InputError(
-                    f"`{name}` must be >= {2 if name == 'n_views' else 1}; got "
-                    f"{getattr(self, name)}. Set `data.{name}`."
+                    f"`{name}` must be >= {least}; got {getattr(self, name)}. Set `data.{name}`."
                 )
+        self.unreadable: dict[str, str] = {}  # name and reason, each reported once
         self._sets: dict[str, Images] = {}
-        self._on_device: dict[str, Tensor] = {}
+        self._on_device: dict[int, Tensor] = {}
 
     # Opening the source.
 
@@ -144,12 +113,24 @@ class ContrastiveDataModule(LightningDataModule):
                 or the set has fewer images than one global batch.
         """
         if not self._sets:
+            self._warm_up()
             self.source.open()
-            bank = self.source.bank
+            sets = {name: getattr(self.source, name) for name in ("train", "bank", "query")}
+            held = sets
+            if self.resident != "none":
+                held = hold(
+                    sets,
+                    self.resident != "auto",
+                    self.source.channels,
+                    self._ranks_here,
+                    self._cores,
+                    quiet=self._rank > 0,
+                )
+            bank = held["bank"]
             labelled = np.flatnonzero((bank.labels >= 0) | (bank.labels.max(initial=-1) < 0))
             order = permutation(len(labelled), self.seed, Stream.SPLIT)
-            bank = bank.subset(labelled[np.sort(order[: self.bank_size])])
-            self._sets = {"train": self.source.train, "bank": bank, "query": self.source.query}
+            chosen = labelled[np.sort(order[: self.bank_size])]
+            self._sets = {**held, "bank": bank if len(chosen) == len(bank) else bank.subset(chosen)}
         if self.global_batch_size % self._world_size:
             raise InputError(
                 f"`global_batch_size` must divide by the number of ranks; got "
@@ -164,6 +145,24 @@ class ContrastiveDataModule(LightningDataModule):
                 f"{count}, or give more images."
             )
 
+    def _warm_up(self) -> None:
+        """Compiles the CPU's kernels, or loads them, before the first step and before workers start."""
+        text = "Compiling the kernels for the CPU; later runs load them."
+        late = Timer(1.0, rank_zero_info, [text])
+        late.start()
+        try:
+            for views in self._views("train"):
+                size, channels = views.augment.size, self.source.channels
+                images = np.zeros((1, views.n_views, size, size, channels), np.uint8)
+                crops = np.array([[[0, 0, 2, 3, 0]]])
+                crop_rows(np.zeros((1, 2, 3, channels), np.uint8), np.zeros(1, int), crops, images)
+                resize(np.zeros((2, 3, channels), np.uint8), size, size, False, images[0, 0])
+                if self._device.type == "cpu":
+                    table = to_tensors(views.augment.draw(0, 0, np.arange(1), views.n_views))
+                    views.augment.apply(torch.from_numpy(images).permute(0, 1, 4, 2, 3), table)
+        finally:
+            late.cancel()
+
     @property
     def num_classes(self) -> int:
         """Number of classes in the bank; 0 where nothing is labelled. After `setup`."""
@@ -173,9 +172,13 @@ class ContrastiveDataModule(LightningDataModule):
     def describe(self) -> str:
         """One line on the images, for the start of a run. After `setup`."""
         parts = [f"{len(images):,} {name}" for name, images in self._sets.items()]
-        resident = isinstance(self._sets["train"], ResidentImages)
-        kind = "in memory" if resident else f"read by {self._workers('train')} workers"
-        return f"{type(self.source).__name__}: {', '.join(parts)} images, {kind}"
+        train = self._sets["train"]
+        workers = self._workers("train")
+        where = f"read by {workers} workers" if workers else "read as they are needed"
+        if isinstance(train, ResidentImages):
+            place = f"on {self._device}" if self._crops_on_device(train) else "in memory"
+            where = f"{train.pixels.nbytes / 2**20:,.0f} MiB resident {place}"
+        return f"{type(self.source).__name__}: {', '.join(parts)} images, {where}"
 
     @property
     def _world_size(self) -> int:
@@ -185,9 +188,24 @@ class ContrastiveDataModule(LightningDataModule):
     def _rank(self) -> int:
         return self.trainer.global_rank if self.trainer else 0
 
+    @property
+    def _ranks_here(self) -> int:
+        return self.trainer.num_devices if self.trainer else 1
+
+    @property
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
+    @property
+    def _cores(self) -> int:
+        """Cores for each rank on this machine."""
+        on_linux = hasattr(os, "sched_getaffinity")  # elsewhere a process may use every core
+        cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
+        return max(1, cores // self._ranks_here)
+
     # Loaders.
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> Loader:
         """Global batches in the keyed order, this rank's slice of each."""
         sampler = KeyedSampler(
             len(self._sets["train"]),
@@ -196,47 +214,70 @@ class ContrastiveDataModule(LightningDataModule):
             self._rank,
             self._world_size,
         )
-        return self._loader("train", sampler, self.n_views)
+        return self._loader("train", sampler)
 
-    def val_dataloader(self) -> list[DataLoader[Batch]]:
+    def val_dataloader(self) -> list[Loader]:
         """The clean views of the bank and of the query images."""
         return [self._clean_loader("bank"), self._clean_loader("query")]
 
-    def test_dataloader(self) -> list[DataLoader[Batch]]:
+    def test_dataloader(self) -> list[Loader]:
         """The same as `val_dataloader`."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> DataLoader[Batch]:
+    def predict_dataloader(self) -> Loader:
         """The clean views of the query images."""
         return self._clean_loader("query")
 
-    def _clean_loader(self, name: str) -> DataLoader[Batch]:
+    def _clean_loader(self, name: str) -> Loader:
         sampler = EvaluationSampler(
             len(self._sets[name]), self.eval_batch_size, self._rank, self._world_size
         )
-        return self._loader(name, sampler, 0)
+        return self._loader(name, sampler)
 
-    def _loader(self, name: str, sampler: Any, n_views: int) -> DataLoader[Batch]:
+    def _loader(self, name: str, sampler: KeyedSampler | EvaluationSampler) -> Loader:
         images = self._sets[name]
+        dataset = BatchDataset(
+            images,
+            self._views(name),
+            self.seed,
+            self.source.channels,
+            sampler if isinstance(sampler, KeyedSampler) else None,
+            self._crops_on_device(images),
+        )
         workers = self._workers(name)
-        return DataLoader(
-            _ViewDataset(images, self.augment, self.seed, n_views, self.source.channels),
-            batch_size=None,  # the sampler yields whole batches
-            sampler=sampler,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=workers > 0,
+        dataset.make_room(sampler.batch_size, workers)
+        return Loader(dataset, sampler=sampler, num_workers=workers)
+
+    def _views(self, name: str) -> list[Views]:
+        if name != "train":
+            return [Views(self.augment, 0)]
+        views = [Views(self.augment, self.n_views)]
+        if self.n_small_views:
+            views.append(Views(self.small_augment, self.n_small_views, self.n_views))
+        return views
+
+    def _crops_on_device(self, images: Images) -> bool:
+        """Whether the loader leaves resident pixels to the device stage."""
+        if not isinstance(images, ResidentImages):
+            return False
+        if (
+            self._device.type == "cpu"
+        ):  # in whole batches, unless other kernels are the quicker ones
+            return all(is_small(views.augment.size) for views in self._views("train"))
+        return self.resident == "device" or (
+            self.resident == "auto" and fits_on_device(images, self._device)
         )
 
     def _workers(self, name: str) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        if isinstance(self._sets[name], ResidentImages):
+        images = self._sets[name]
+        # Sets in memory are quick to crop; on the CPU workers would only take the model's cores.
+        if self._crops_on_device(images) or (
+            isinstance(images, ResidentImages) and self._device.type == "cpu"
+        ):
             return 0
-        ranks_here = self.trainer.num_devices if self.trainer else 1
-        on_linux = hasattr(os, "sched_getaffinity")  # elsewhere a process may use every core
-        cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
-        return max(1, cores // ranks_here)
+        return self._cores
 
     # The device stage.
 
@@ -257,27 +298,67 @@ class ContrastiveDataModule(LightningDataModule):
             name: "train", "bank" or "query".
 
         Returns:
-            ``views`` (V*B, C, S, S) float32, ``label`` (B,) and ``index`` (B,) int64.
-        """
-        images = batch.get("images")  # (B, V, C, S, S) uint8
-        if images is None:
-            pixels = self._pixels(name, batch["index"].device)[batch["index"].clamp(min=0)]
-            images = crop_resize(pixels, batch["crops"], self.augment.size)
-        if "table" in batch:
-            table = {
-                name: value.view(torch.float32) if value.dtype == torch.int32 else value
-                for name, value in batch["table"].items()
-            }
-            views = self.augment.apply(images, table)
-        else:
-            views = self.augment.normalise(to_float(images[:, 0]))
-        return {"views": views, "label": batch["label"], "index": batch["index"]}
+            ``views`` (V*B, C, S, S) float32, ``label`` (B,) and ``index`` (B,) int64; with small views
+            also ``small_views``.
 
-    def _pixels(self, name: str, device: torch.device) -> Tensor:
-        """The resident pixels of a set, moved to the device once."""
-        held = self._on_device.get(name)
-        if held is None or held.device != device:
-            images = self._sets[name]
-            assert isinstance(images, ResidentImages)
-            held = self._on_device[name] = images.pixels.to(device)
-        return held
+        Raises:
+            InputError: more than ``max_bad_fraction`` of the images cannot be read.
+        """
+        self._note(batch.get("unreadable", ()))
+        result = {"label": batch["label"], "index": batch["index"]}
+        groups = zip(("views", "small_views"), batch["groups"], self._views(name), strict=False)
+        for key, group, views in groups:
+            images = group.get("images")  # (B, V, C, S, S) uint8
+            if images is None:
+                images = self._crop(name, batch["index"], group["crops"], views.augment.size)
+            if "table" in group:
+                result[key] = views.augment.apply(images, _with_floats(group["table"]))
+            else:
+                result[key] = views.augment.normalise(to_float(images[:, 0]))
+        return result
+
+    def _crop(self, name: str, index: Tensor, crops: Tensor, size: int) -> Tensor:
+        """Crops (B, V, C, S, S) of resident images; padding shows the first one."""
+        images = self._sets[name]
+        assert isinstance(images, ResidentImages)
+        index = index.clamp(min=0)
+        if index.device.type == "cpu" and is_small(size):
+            pixels = images.pixels.permute(0, 2, 3, 1).numpy()  # (M, H, W, C)
+            out = np.empty((*crops.shape[:2], size, size, pixels.shape[3]), np.uint8)
+            crop_rows(pixels, index.numpy(), crops.numpy(), out)
+            return torch.from_numpy(out).permute(0, 1, 4, 2, 3)
+        key = images.pixels.data_ptr()  # the bank may be the training set: moved once
+        held = self._on_device.get(key)
+        if held is None or held.device != index.device:
+            held = self._on_device[key] = images.pixels.to(index.device)
+        return crop_resize(held[index], crops, size)
+
+    def _note(self, unreadable: Iterable[tuple[str, str]]) -> None:
+        """Reports unreadable images, each once, and stops the run where there are too many."""
+        for name, reason in unreadable:
+            if name not in self.unreadable:
+                self.unreadable[name] = reason
+                _log.warning("cannot read %r: %s; another image takes its place", name, reason)
+        count, total = len(self.unreadable), sum(len(self._sets[n]) for n in ("train", "query"))
+        if count > self.max_bad_fraction * total:
+            name, reason = next(reversed(self.unreadable.items()))
+            raise InputError(
+                f"at most `max_bad_fraction` {self.max_bad_fraction} of the images may be unreadable; "
+                f"got {count} of {total:,}, last {name!r}: {reason}. `simclr data check` lists them; "
+                "repair or remove them, or set `data.max_bad_fraction`."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was reported, so that a resumed run does not repeat it."""
+        return {"unreadable": dict(self.unreadable)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes it up again."""
+        self.unreadable.update(state_dict["unreadable"])
+
+
+def _with_floats(table: Table) -> Table:
+    return {
+        name: value.view(torch.float32) if getattr(value, "dtype", None) == torch.int32 else value
+        for name, value in table.items()
+    }

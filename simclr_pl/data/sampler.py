@@ -4,6 +4,7 @@ Symbols: M images, G global batch, W ranks.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +19,12 @@ class Draw(NamedTuple):
     Attributes:
         epoch: from 0; keys the random choices.
         positions: (B,) int64 in the set; -1 is padding.
+        step: of the epoch, from 0.
     """
 
     epoch: int
     positions: np.ndarray
+    step: int = 0
 
 
 # Lightning replaces a loader's sampler under DDP unless it is a DistributedSampler.
@@ -50,6 +53,7 @@ class KeyedSampler(_OwnSampler):
     ) -> None:
         super().__init__(rank, world_size)
         self.count, self.global_batch_size, self.seed = count, global_batch_size, seed
+        self.batch_size = global_batch_size // world_size
 
     def __len__(self) -> int:
         """Steps of an epoch."""
@@ -57,10 +61,33 @@ class KeyedSampler(_OwnSampler):
 
     def __iter__(self) -> Iterator[Draw]:
         order = permutation(self.count, self.seed, Stream.ORDER, self.epoch)
-        share = self.global_batch_size // self.num_replicas
+        share = self.batch_size
         for step in range(len(self)):
             start = step * self.global_batch_size + self.rank * share
-            yield Draw(self.epoch, order[start : start + share])
+            yield Draw(self.epoch, order[start : start + share], step)
+
+    def spare(self, epoch: int, step: int, slot: int, attempt: int) -> int | None:
+        """The image that takes the place of one that cannot be read.
+
+        Spares are the images outside the global batch, in the epoch's order from its end on. Each of the
+        G places has spares of its own, so none enters a batch twice, on whatever rank; only sets of
+        less than two global batches have too few for that.
+
+        Args:
+            epoch: from 0.
+            step: of the epoch.
+            slot: the place in this rank's batch.
+            attempt: how many spares of this place could not be read.
+
+        Returns:
+            A position in the set; None if every image is in the batch.
+        """
+        count, batch = self.count, self.global_batch_size
+        if count == batch:
+            return None
+        place = self.rank * self.batch_size + slot
+        offset = (place + attempt * batch) % (count - batch)
+        return int(_order(count, self.seed, epoch)[((step + 1) * batch + offset) % count])
 
 
 class EvaluationSampler(_OwnSampler):
@@ -90,3 +117,8 @@ class EvaluationSampler(_OwnSampler):
         index = np.where(index < self.count, index, -1)
         for start in range(0, per_rank, self.batch_size):
             yield Draw(0, index[start : start + self.batch_size])
+
+
+@lru_cache(maxsize=1)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return permutation(count, seed, Stream.ORDER, epoch)

@@ -1,0 +1,68 @@
+"""What the kernels for the CPU share: compiling, threads, and memory of each thread.
+
+Threads of Python's, not numba's or OpenMP's: those do not survive a fork, and loaders fork.
+"""
+
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+
+def compiled(**options: Any) -> Callable[..., Any]:
+    """Decorates a loop to be compiled at its first call, or loaded if an earlier run did so.
+
+    Args:
+        options: of `numba.njit`.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        options.update(nogil=True, error_model="numpy", boundscheck=False)
+        try:
+            return njit(cache=True, **options)(function)  # type: ignore[no-any-return]
+        except RuntimeError:  # neither the package's folder nor the user's can be written
+            return njit(**options)(function)  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def in_threads(work: Callable[[int, int], None], count: int) -> None:
+    """Calls ``work(first, last)`` for parts of 0..count-1 on as many threads as torch uses.
+
+    Args:
+        work: must release Python's lock to gain.
+        count: how many pieces of work there are.
+    """
+    threads = min(torch.get_num_threads(), count)
+    if threads <= 1:
+        work(0, count)
+        return
+    bounds = np.linspace(0, count, threads + 1).astype(int).tolist()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, bounds[:-1], bounds[1:]))
+
+
+_LARGEST_KEPT = 2**26  # bytes: an image of 22 megapixels
+_held = threading.local()
+
+
+def scratch(shape: tuple[int, ...], purpose: str) -> np.ndarray:
+    """A uint8 array that this thread uses again and again, since new pages of memory cost time.
+
+    Args:
+        shape: of the array.
+        purpose: another call with the same one, in the same thread, gives the same memory.
+    """
+    size = math.prod(shape)
+    if size > _LARGEST_KEPT:
+        return np.empty(shape, np.uint8)
+    memory = getattr(_held, purpose, None)
+    if memory is None or memory.size < size:
+        memory = np.empty(size, np.uint8)
+        setattr(_held, purpose, memory)
+    return memory[:size].reshape(shape)  # type: ignore[no-any-return]

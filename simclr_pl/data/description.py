@@ -1,0 +1,180 @@
+"""What a set holds, and the mean and standard deviation of its pixels.
+
+Symbols: M images in a set, C channels, H x W pixels of an image.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from simclr_pl.data.decode import UnreadableImage
+from simclr_pl.data.folders import FileReader
+from simclr_pl.data.shards import is_packed, load_index
+from simclr_pl.data.sources import Images, ResidentImages, Source
+from simclr_pl.data.sweep import Bar, read, splits_of, sweep
+from simclr_pl.errors import InputError
+from simclr_pl.keyed_random import Stream, permutation
+
+_SAMPLE = 1000  # images whose sizes stand for a split's
+
+
+class Moments(NamedTuple):
+    """Statistics over the pixels of a set.
+
+    Attributes:
+        mean, std: of each channel, with pixels within [0, 1]; ``std`` is the population's.
+        images: number of images read.
+        pixels: number of pixels read.
+        unreadable: images that could not be read.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    images: int
+    pixels: int
+    unreadable: int
+
+
+def moments(
+    source: Source, max_images: int | None = None, seed: int = 0, workers: int | None = None
+) -> Moments:
+    """Mean and standard deviation of the training images' pixels, every pixel counting the same.
+
+    The sums are integers, so the result depends neither on the order nor on the number of workers.
+
+    Args:
+        source: prepared and opened here.
+        max_images: a sample of so many; by default all.
+        seed: of the sample.
+        workers: processes; by default one for each core.
+
+    Raises:
+        InputError: ``max_images`` is below 1, or no image can be read.
+    """
+    if max_images is not None and max_images < 1:
+        raise InputError(f"`max_images` must be >= 1; got {max_images}. Leave it out to read all.")
+    source.prepare()
+    source.open()
+    positions = _sample(len(source.train), max_images, seed)
+    total = np.zeros(
+        (3, source.channels), object
+    )  # Python's integers: 10^7 images overflow 64 bits
+    images = 0
+    with Bar("Reading", len(positions)) as bar:
+        for sums in bar.over(sweep(source.train, _sums, positions, workers)):
+            if sums is not None:
+                total, images = total + sums, images + 1
+    if not images:
+        raise InputError(
+            f"the training split must hold a readable image; got none of {len(positions):,}. Check the "
+            "source with `simclr data check`."
+        )
+    count, first, second = total
+    mean = first / count
+    variance = (count * second - first * first) / (count * count)
+    return Moments(
+        tuple(float(x) / 255 for x in mean),
+        tuple(float(x) ** 0.5 / 255 for x in variance),
+        images,
+        int(count[0]),
+        len(positions) - images,
+    )
+
+
+def _sums(images: Images, i: int) -> np.ndarray | None:
+    """(3, C) int64: number, sum and sum of squares of the pixels of each channel."""
+    try:
+        pixels = read(images, i)[1].pixels(reuse=True)
+    except UnreadableImage:
+        return None
+    values = np.arange(256)
+    planes = np.moveaxis(pixels, 2, 0)
+    counts = np.stack([np.bincount(plane.ravel(), minlength=256) for plane in planes])  # (C, 256)
+    return np.stack([counts.sum(1), counts @ values, counts @ values**2])
+
+
+def _sample(count: int, limit: int | None, seed: int) -> np.ndarray:
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.sort(permutation(count, seed, Stream.SPLIT, 1)[:limit])
+
+
+@dataclass
+class Contents:
+    """What a split holds.
+
+    Attributes:
+        images: their number.
+        classes: with at least one image; 0 without labels.
+        bytes: of all images as stored; None where that would mean reading them all.
+        median_bytes: of a sample.
+        median_size: width and height in pixels, of a sample; None if none of it is readable.
+    """
+
+    images: int
+    classes: int
+    bytes: int | None
+    median_bytes: int
+    median_size: tuple[int, int] | None
+
+
+def contents(source: Source, workers: int | None = None) -> dict[str, Contents]:
+    """What each split of a source holds; sizes are medians over a sample of 1,000 images.
+
+    Args:
+        source: prepared and opened here.
+        workers: processes; by default one for each core.
+    """
+    source.prepare()
+    source.open()
+    found = {}
+    root = getattr(source, "root", None)
+    index = load_index(Path(root)) if root is not None and is_packed(Path(root)) else None
+    for split, images in splits_of(source).items():
+        sample = _sample(len(images), _SAMPLE, 0)
+        rows = [row for row in sweep(images, _head, sample, workers) if row is not None]
+        sizes = np.array(rows).reshape(-1, 3)
+        labelled = images.labels[images.labels >= 0]
+        if index is not None:
+            total = sum(shard["bytes"] for shard in index["splits"][split])
+        else:
+            total = _total_bytes(images)
+        found[split] = Contents(
+            len(images),
+            len(np.unique(labelled)),
+            total,
+            int(np.median(sizes[:, 0])) if rows else 0,
+            (int(np.median(sizes[:, 1])), int(np.median(sizes[:, 2]))) if rows else None,
+        )
+    return found
+
+
+def _head(images: Images, i: int) -> tuple[int, int, int] | None:
+    """Bytes, width and height."""
+    try:
+        data, picture = read(images, i)
+    except UnreadableImage:
+        return None
+    channels = getattr(getattr(images, "reader", None), "channels", None)
+    if isinstance(images, ResidentImages):
+        channels = images.pixels.shape[1]
+    raw = picture.height * picture.width * (channels or 3)
+    return raw if data is None else len(data), picture.width, picture.height
+
+
+def _total_bytes(images: Images) -> int | None:
+    if isinstance(images, ResidentImages):
+        return images.pixels.numel()
+    if not isinstance(images.reader, FileReader):
+        return None
+    return sum(_size(images.name(i)) for i in range(len(images)))
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
