@@ -33,11 +33,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from simclr_pl.augment import Augment, simclr_cifar, simclr_imagenet
+from simclr_pl.cpu import recycled
 from simclr_pl.crop_kernels import crop_rows
 from simclr_pl.data import ContrastiveDataModule, ImageFolder
 from simclr_pl.data.batches import BatchDataset, Views, to_tensors
 from simclr_pl.data.sampler import Draw
-from simclr_pl.data.sources import ResidentImages
+from simclr_pl.data.sources import EncodedReader, ResidentImages, StoredImages
 from simclr_pl.image_operations import crop_resize
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -161,7 +162,7 @@ def ours(images: Any, augment: Augment, ends: str, on_device: bool = False) -> W
         (group,) = batch["groups"]
         if on_device and ends != "torch":
             rows = images.pixels.permute(0, 2, 3, 1).numpy()
-            out = np.empty((len(block), 2, augment.size, augment.size, 3), np.uint8)
+            out = recycled((len(block), 2, augment.size, augment.size, 3), np.uint8)
             crop_rows(rows, batch["index"].numpy(), group["crops"].numpy(), out)
             group["images"] = torch.from_numpy(out).permute(0, 1, 4, 2, 3)
         if ends == "uint8":
@@ -207,7 +208,7 @@ def photographs(folder: Path, limit: int, budget: float) -> None:
     augment = simclr_imagenet()
     with tempfile.TemporaryDirectory() as packed_folder:
         packed = packed_images(paths, Path(packed_folder))
-        original = file_images(paths)
+        original = StoredImages(Bytes(files), np.zeros(len(files), np.int64))
         compare(
             f"{len(files)} JPEGs of {folder.name}, 224 pixels, two views",
             {
@@ -227,12 +228,18 @@ def photographs(folder: Path, limit: int, budget: float) -> None:
         )
 
 
-def file_images(paths: list[Path]) -> Any:
-    from simclr_pl.data.folders import FileReader
-    from simclr_pl.data.sources import StoredImages
+class Bytes(EncodedReader):
+    """Files in memory, as the peers get them, too."""
 
-    names = np.array([str(p).encode() for p in paths])
-    return StoredImages(FileReader(names, 3), np.zeros(len(paths), np.int64))
+    def __init__(self, files: list[bytes]) -> None:
+        super().__init__(3)
+        self.files = files
+
+    def name(self, i: int) -> str:
+        return str(i)
+
+    def encoded(self, i: int) -> bytes:
+        return self.files[i]
 
 
 def packed_images(paths: list[Path], folder: Path) -> Any:

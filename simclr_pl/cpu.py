@@ -5,11 +5,14 @@ Threads of Python's, not numba's or OpenMP's: those do not survive a fork, and l
 
 import math
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from numba import njit
 
@@ -66,3 +69,29 @@ def scratch(shape: tuple[int, ...], purpose: str) -> np.ndarray:
         memory = np.empty(size, np.uint8)
         setattr(_held, purpose, memory)
     return memory[:size].reshape(shape)  # type: ignore[no-any-return]
+
+
+_returned: deque[np.ndarray] = deque(maxlen=3)
+
+
+def recycled(shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
+    """An uninitialised array, in the memory of one that nobody sees any more, if it has the same size.
+
+    The system clears each page of new memory when it is first written, which takes as long as computing
+    what is written there.
+
+    Args:
+        shape: of the array.
+        dtype: of its elements.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = next((m for m in _returned if m.nbytes == size), None)
+    if memory is None:
+        memory = np.empty(size, np.uint8)
+    else:
+        del _returned[next(i for i, m in enumerate(_returned) if m is memory)]
+    array = memory.view(dtype).reshape(shape)
+    weakref.finalize(array, _returned.append, memory).atexit = False
+    # By way of a tensor: what is made from this array holds it, while a view of a numpy array of one's
+    # own would hold the memory past it.
+    return torch.from_numpy(array).numpy()  # type: ignore[no-any-return]

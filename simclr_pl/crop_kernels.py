@@ -5,8 +5,8 @@ Pillow 13 mostly; else within 1.
 
 Along the columns the filter is a sum of whole rows of memory, which compilers turn into wide vector
 instructions; along the rows it would gather single bytes. So the image is transposed, filtered along
-the columns, transposed back, and filtered along the columns again. That is twice as quick as a
-low-pass with `cv2.resize`, which only comes near the filter, and 8 times as quick as Pillow itself.
+the columns, transposed back, and filtered along the columns again. From 400 x 300 to 224 pixels that
+takes 117 us, a low-pass with `cv2.resize`, which only comes near the filter, 193, and Pillow some 800.
 
 Symbols: M images in a set, B images of a batch, V views, C channels, H x W pixels of an image, S side
 of a view.
@@ -63,20 +63,25 @@ def _columns(
     weights: Any,
 ) -> None:
     """Filters ``rows`` (length, >= n) uint8 along its columns to ``out`` (S, >= n)."""
+    half, bits = np.int32(1 << (_BITS - 1)), np.int32(_BITS)
     for i in range(size):
-        at = first[i]
+        at, count = first[i], taps[i]
         row, weight = rows[at], weights[i, 0]
-        for k in range(n):
-            total[k] = np.int32(1 << (_BITS - 1)) + weight * np.int32(row[k])
-        for t in range(1, taps[i]):
+        if count == 1:
+            for k in range(n):
+                total[k] = half + weight * np.int32(row[k])
+        else:
+            other, its = rows[at + 1], weights[i, 1]
+            for k in range(n):
+                total[k] = half + weight * np.int32(row[k]) + its * np.int32(other[k])
+        for t in range(2, count):
             row, weight = rows[at + t], weights[i, t]
             for k in range(n):
                 total[k] += weight * np.int32(row[k])
         target = out[size - 1 - i if flip else i]
+        # A loop of its own: one that also read bytes would not be vectorised, for they might overlap.
         for k in range(n):
-            target[k] = np.uint8(
-                total[k] >> np.int32(_BITS)
-            )  # no clipping: the weights are positive
+            target[k] = np.uint8(total[k] >> bits)  # no clipping: the weights are positive
 
 
 @_compiled

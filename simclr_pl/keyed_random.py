@@ -33,6 +33,7 @@ class Stream(IntEnum):
     SPLIT = 8
     STEP = 9
     DIGITS = 10
+    SAMPLE = 11
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -860,3 +860,41 @@ def test_a_batch_that_does_not_divide_by_the_ranks_raises_on_every_rank() -> Non
 
 def test_a_batch_that_divides_by_the_ranks_gives_each_its_share() -> None:
     assert on_ranks(2, fit_with_batch, 10) == ["[5, 5]"] * 2
+
+
+# Processes.
+
+
+def load_for_ever(pids: Any) -> None:
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    data = ContrastiveDataModule(
+        DatasetSource(Squares()), 4, augment=simclr_imagenet(8), num_workers=2, resident="none"
+    )
+    data.setup()
+    batches = iter(loader := data.train_dataloader())
+    next(batches)
+    pids.send([w.pid for w in loader._iterator._workers])  # type: ignore[union-attr]
+    time.sleep(60)  # the workers' pipe is full by now
+
+
+def test_workers_leave_with_a_parent_that_is_killed() -> None:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=load_for_ever, args=(theirs,))
+    process.start()
+    assert ours.poll(30)
+    workers = ours.recv()
+    assert all(is_running(pid) for pid in workers)
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_running(pid) for pid in workers)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False

@@ -4,11 +4,9 @@ Symbols: B images of this rank's batch, V views, C channels, S side of a view.
 """
 
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -18,6 +16,7 @@ from simclr_pl.data.decode import Picture, UnreadableImage, cut_crops
 from simclr_pl.data.sampler import Draw, KeyedSampler
 from simclr_pl.data.slots import Slots
 from simclr_pl.data.sources import Images, ResidentImages
+from simclr_pl.data.workers import settle
 from simclr_pl.errors import InputError
 
 Batch = dict[str, Any]
@@ -228,7 +227,7 @@ class Loader(DataLoader[Batch]):
             "batch_size": None,  # the sampler yields whole batches
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": options.get("num_workers", 0) > 0,
-            "worker_init_fn": _alone_on_its_core,
+            "worker_init_fn": settle,
             "collate_fn": _as_it_is,
         }
         super().__init__(dataset, **{**defaults, **options})
@@ -250,13 +249,6 @@ class Loader(DataLoader[Batch]):
             if "error" in batch:
                 raise InputError(batch["error"])
             yield batch
-
-
-def _alone_on_its_core(worker: int) -> None:
-    cv2.setNumThreads(0)  # its pool of threads does not survive a fork
-    warnings.filterwarnings(
-        "ignore", module=r"PIL\."
-    )  # it names no file; we report those it cannot read
 
 
 def _as_it_is(batch: Batch) -> Batch:

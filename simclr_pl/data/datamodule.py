@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from simclr_pl.augment import Augment, Table
+from simclr_pl.cpu import recycled
 from simclr_pl.crop_kernels import crop_rows, is_small, resize
 from simclr_pl.data.batches import Batch, BatchDataset, Loader, Views, to_tensors
 from simclr_pl.data.resident import fits_on_device, hold
@@ -324,7 +325,7 @@ class ContrastiveDataModule(LightningDataModule):
         index = index.clamp(min=0)
         if index.device.type == "cpu" and is_small(size):
             pixels = images.pixels.permute(0, 2, 3, 1).numpy()  # (M, H, W, C)
-            out = np.empty((*crops.shape[:2], size, size, pixels.shape[3]), np.uint8)
+            out = recycled((*crops.shape[:2], size, size, pixels.shape[3]), np.uint8)
             crop_rows(pixels, index.numpy(), crops.numpy(), out)
             return torch.from_numpy(out).permute(0, 1, 4, 2, 3)
         key = images.pixels.data_ptr()  # the bank may be the training set: moved once
@@ -338,7 +339,7 @@ class ContrastiveDataModule(LightningDataModule):
         for name, reason in unreadable:
             if name not in self.unreadable:
                 self.unreadable[name] = reason
-                _log.warning("cannot read %r: %s; another image takes its place", name, reason)
+                _log.warning("cannot read %r: %s; the run goes on without it", name, reason)
         count, total = len(self.unreadable), sum(len(self._sets[n]) for n in ("train", "query"))
         if count > self.max_bad_fraction * total:
             name, reason = next(reversed(self.unreadable.items()))

@@ -99,7 +99,7 @@ def _sums(images: Images, i: int) -> np.ndarray | None:
 def _sample(count: int, limit: int | None, seed: int) -> np.ndarray:
     if limit is None or limit >= count:
         return np.arange(count)
-    return np.sort(permutation(count, seed, Stream.SPLIT, 1)[:limit])
+    return np.sort(permutation(count, seed, Stream.SAMPLE)[:limit])
 
 
 @dataclass

@@ -3,16 +3,12 @@
 Symbols: M images in a set.
 """
 
-import multiprocessing
 import os
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from threading import Thread
 from typing import Any, TypeVar
 
-import cv2
 import numpy as np
 from rich.console import Console
 from rich.progress import (
@@ -29,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from simclr_pl.data.decode import Picture, open_picture
 from simclr_pl.data.sources import EncodedReader, Images, Source, StoredImages
+from simclr_pl.data.workers import settle
 from simclr_pl.errors import InputError
 
 T = TypeVar("T")
@@ -105,7 +102,7 @@ def sweep(
             sampler=tasks,  # type: ignore[arg-type]
             num_workers=count,
             collate_fn=_as_it_is,
-            worker_init_fn=_settle,
+            worker_init_fn=settle,
             prefetch_factor=4 if count else None,
         )
         batches = iter(loader)
@@ -135,22 +132,6 @@ class _Work(Dataset[list[Any]]):
 
 def _as_it_is(value: Any) -> Any:
     return value
-
-
-def _settle(_: int) -> None:
-    cv2.setNumThreads(0)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the parent ends them; else they wait for it for 5 s
-    Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    # PyTorch's workers notice that their parent was killed, but then wait for the pipe to it to empty,
-    # and notice nothing if it was killed before they came to look.
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
 
 
 class Bar:
