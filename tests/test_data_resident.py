@@ -1,14 +1,17 @@
 """Sets decoded once, and whether they fit."""
 
 import os
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pictures import content, noise, opened, write, write_classes
+from torch.utils.data import Dataset
 
-from simclr_pl.data import ImageFolder, resident
+from simclr_pl.data import DatasetSource, ImageFolder, resident
 from simclr_pl.data.decode import UnreadableImage
 from simclr_pl.data.folders import FileReader, list_images
 from simclr_pl.data.resident import decode_all, fits_in_memory, fits_on_device, free_memory
@@ -146,3 +149,25 @@ def test_free_memory_is_that_of_this_machine() -> None:
 def test_a_set_fits_on_the_cpu_for_it_is_there_already() -> None:
     images = ResidentImages(torch.zeros(2, 3, 6, 8, dtype=torch.uint8), np.zeros(2, np.int64))
     assert fits_on_device(images, torch.device("cpu"))
+
+
+class OneAtATime(Dataset):
+    """A set whose items share something, e.g. an open file: two threads in it are one too many."""
+
+    def __init__(self) -> None:
+        self.inside = threading.Lock()
+
+    def __len__(self) -> int:
+        return 600
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        assert self.inside.acquire(blocking=False)
+        time.sleep(0.0001)
+        self.inside.release()
+        return noise(i)
+
+
+def test_a_user_s_data_set_is_read_by_one_thread() -> None:
+    source = opened(DatasetSource(OneAtATime()))
+    assert isinstance(source.train, StoredImages)
+    assert decode_all(source.train, 4).unreadable == {}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from simclr_pl.data.decode import UnreadableImage
-from simclr_pl.data.sources import Images, ResidentImages, StoredImages
+from simclr_pl.data.sources import EncodedReader, Images, ResidentImages, StoredImages
 from simclr_pl.data.sweep import Bar
 from simclr_pl.errors import InputError
 
@@ -128,6 +128,8 @@ def decode_all(
             pixels[i] = one
         progress(len(block))
 
+    if not isinstance(images.reader, EncodedReader):
+        threads = 1  # a user's data set may share a file among its items
     blocks = [range(i, min(i + 256, len(images))) for i in range(0, len(images), 256)]
     with ThreadPoolExecutor(max(1, threads)) as pool:
         list(pool.map(work, blocks))
