@@ -403,6 +403,9 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=60.0, help="for each table")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     given = parser.parse_args()
+    for folder in (given.imagenet, given.cifar10):
+        if folder and not next(folder.rglob("*.[jJ][pP]*[gG]"), None):
+            parser.error(f"a folder must hold JPEGs; got {str(folder)!r}. Give one of your own.")
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     warnings.simplefilter("ignore")

@@ -149,7 +149,7 @@ class ContrastiveDataModule(LightningDataModule):
     def _warm_up(self) -> None:
         """Compiles the CPU's kernels, or loads them, before the first step and before workers start."""
         text = "Compiling the kernels for the CPU; later runs load them."
-        late = Timer(1.0, rank_zero_info, [text])
+        late = Timer(2.0, rank_zero_info, [text])
         late.start()
         try:
             for views in self._views("train"):
