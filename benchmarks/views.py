@@ -36,7 +36,7 @@ from simclr_pl.augment import Augment, simclr_cifar, simclr_imagenet
 from simclr_pl.cpu import recycled
 from simclr_pl.crop_kernels import crop_rows
 from simclr_pl.data import ContrastiveDataModule, ImageFolder
-from simclr_pl.data.batches import BatchDataset, Views, to_tensors
+from simclr_pl.data.batches import BatchDataset, Views, to_tensors, with_floats
 from simclr_pl.data.sampler import Draw
 from simclr_pl.data.sources import EncodedReader, ResidentImages, StoredImages
 from simclr_pl.image_operations import crop_resize
@@ -167,10 +167,7 @@ def ours(images: Any, augment: Augment, ends: str, on_device: bool = False) -> W
             group["images"] = torch.from_numpy(out).permute(0, 1, 4, 2, 3)
         if ends == "uint8":
             return
-        table = {
-            n: v.view(torch.float32) if getattr(v, "dtype", None) == torch.int32 else v
-            for n, v in group["table"].items()
-        }
+        table = with_floats(group["table"])
         crops = group.get("images")
         if crops is None:
             crops = crop_resize(images.pixels, group["crops"], augment.size)

@@ -23,9 +23,9 @@ def compiled(**options: Any) -> Callable[..., Any]:
     Args:
         options: of `numba.njit`.
     """
+    options = {"nogil": True, "error_model": "numpy", "boundscheck": False, **options}
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        options.update(nogil=True, error_model="numpy", boundscheck=False)
         try:
             return njit(cache=True, **options)(function)  # type: ignore[no-any-return]
         except RuntimeError:  # neither the package's folder nor the user's can be written
@@ -74,6 +74,17 @@ def scratch(shape: tuple[int, ...], purpose: str) -> np.ndarray:
 _returned: deque[np.ndarray] = deque(maxlen=3)
 
 
+def _take(size: int) -> np.ndarray:
+    # Taken out one by one, not looked through: the collector may return an array at any moment, and
+    # a deque must not change under an iteration.
+    for _ in range(len(_returned)):
+        memory = _returned.popleft()
+        if memory.nbytes == size:
+            return memory
+        _returned.append(memory)
+    return np.empty(size, np.uint8)
+
+
 def recycled(shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
     """An uninitialised array, in the memory of one that nobody sees any more, if it has the same size.
 
@@ -85,11 +96,7 @@ def recycled(shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
         dtype: of its elements.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = next((m for m in _returned if m.nbytes == size), None)
-    if memory is None:
-        memory = np.empty(size, np.uint8)
-    else:
-        del _returned[next(i for i, m in enumerate(_returned) if m is memory)]
+    memory = _take(size)
     array = memory.view(dtype).reshape(shape)
     weakref.finalize(array, _returned.append, memory).atexit = False
     # By way of a tensor: what is made from this array holds it, while a view of a numpy array of one's

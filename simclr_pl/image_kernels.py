@@ -117,6 +117,18 @@ def _to_grey(r: Any, g: Any, b: Any, n: int) -> None:
 
 
 @_compiled
+def _gauss(sigma: float, radius: int, taps: Any) -> None:
+    """One half of the window, from the middle on; the whole has the sum 1."""
+    whole = np.float32(1)
+    taps[0] = 1
+    for t in range(1, radius + 1):
+        taps[t] = math.exp(np.float32(-0.5) * (t / sigma) ** 2)
+        whole += 2 * taps[t]
+    for t in range(radius + 1):
+        taps[t] /= whole
+
+
+@_compiled
 def _blur_plane(plane: Any, taps: Any, radius: int, across: Any, line: Any) -> None:
     """Blurs ``plane`` (S, S) in place; ``across`` (S, S) and ``line`` (S + 2 radius) are room."""
     size = plane.shape[0]
@@ -219,13 +231,7 @@ def _colour_rows(
                 _store(out[i, 3 * start :], affine, solarise[i], r, g, b, n)
         if blurred:
             radius = min(largest, math.ceil(3 * sigma[i]))
-            whole = np.float32(1)
-            taps[0] = 1
-            for t in range(1, radius + 1):
-                taps[t] = math.exp(np.float32(-0.5) * (t / sigma[i]) ** 2)
-                whole += 2 * taps[t]
-            for t in range(radius + 1):
-                taps[t] /= whole
+            _gauss(sigma[i], radius, taps)
             for c in range(1 if grey[i] else 3):
                 _blur_plane(planes[c].reshape(size, size), taps, radius, across, line)
             if grey[i]:

@@ -121,9 +121,7 @@ def adjust_hue(x: Tensor, factor: Tensor) -> Tensor:
     # Not x.max(1): on the CPU it takes ten times as long as all the rest.
     value = torch.maximum(torch.maximum(red, green), blue)
     spread = value - torch.minimum(torch.minimum(red, green), blue)
-    inverse = spread.clamp(
-        min=1e-20
-    ).reciprocal_()  # where there is no spread the hue is of no effect
+    inverse = spread.clamp(min=1e-20).reciprocal_()  # without spread the hue has no effect
     sixth = torch.where(  # hue in sixths of a turn, where red leads; else green, else blue
         red == value,
         (green - blue).mul_(inverse),

@@ -85,6 +85,18 @@ def test_memory_is_recycled_once_no_tensor_or_array_shows_it() -> None:
 
 
 @pytest.mark.usefixtures("_none_returned")
+def test_memory_of_the_right_size_is_found_behind_others_which_stay() -> None:
+    arrays = [recycled((n,), np.uint8) for n in (10, 20, 30)]
+    addresses = [array.ctypes.data for array in arrays]
+    while arrays:
+        arrays.pop(0)
+        gc.collect()
+    assert recycled((20,), np.uint8).ctypes.data == addresses[1]
+    gc.collect()
+    assert sorted(memory.nbytes for memory in cpu._returned) == [10, 20, 30]
+
+
+@pytest.mark.usefixtures("_none_returned")
 def test_no_more_than_three_arrays_wait_to_be_recycled() -> None:
     arrays = [recycled((n,), np.uint8) for n in range(100, 110)]
     arrays.clear()

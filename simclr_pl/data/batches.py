@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from simclr_pl.augment import Augment
+from simclr_pl.augment import Augment, Table
 from simclr_pl.data.decode import Picture, UnreadableImage, cut_crops
 from simclr_pl.data.sampler import Draw, KeyedSampler
 from simclr_pl.data.slots import Slots
@@ -200,6 +200,14 @@ class _Places:
                 "there; `simclr data check` lists what is wrong."
             )
         self.positions[slot] = spare
+
+
+def with_floats(table: Table) -> Table:
+    """The table of a batch as `Augment.apply` takes it: bits become floats again."""
+    return {
+        name: value.view(torch.float32) if getattr(value, "dtype", None) == torch.int32 else value
+        for name, value in table.items()
+    }
 
 
 def to_tensors(value: Any) -> Any:

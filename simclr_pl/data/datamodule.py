@@ -4,7 +4,6 @@ Symbols: B images of this rank's batch, V views, C channels, S side of a view.
 """
 
 import logging
-import os
 from collections.abc import Iterable
 from threading import Timer
 from typing import Any, Literal
@@ -15,13 +14,14 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from simclr_pl.augment import Augment, Table
+from simclr_pl.augment import Augment
 from simclr_pl.cpu import recycled
 from simclr_pl.crop_kernels import crop_rows, is_small, resize
-from simclr_pl.data.batches import Batch, BatchDataset, Loader, Views, to_tensors
+from simclr_pl.data.batches import Batch, BatchDataset, Loader, Views, to_tensors, with_floats
 from simclr_pl.data.resident import fits_on_device, hold
 from simclr_pl.data.sampler import EvaluationSampler, KeyedSampler
 from simclr_pl.data.sources import Images, ResidentImages, Source, as_source
+from simclr_pl.data.workers import cores
 from simclr_pl.errors import InputError
 from simclr_pl.image_operations import crop_resize, to_float
 from simclr_pl.keyed_random import Stream, permutation
@@ -200,9 +200,7 @@ class ContrastiveDataModule(LightningDataModule):
     @property
     def _cores(self) -> int:
         """Cores for each rank on this machine."""
-        on_linux = hasattr(os, "sched_getaffinity")  # elsewhere a process may use every core
-        cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
-        return max(1, cores // self._ranks_here)
+        return max(1, cores() // self._ranks_here)
 
     # Loaders.
 
@@ -261,9 +259,7 @@ class ContrastiveDataModule(LightningDataModule):
         """Whether the loader leaves resident pixels to the device stage."""
         if not isinstance(images, ResidentImages):
             return False
-        if (
-            self._device.type == "cpu"
-        ):  # in whole batches, unless other kernels are the quicker ones
+        if self._device.type == "cpu":  # larger views are cut one by one, by the loader
             return all(is_small(views.augment.size) for views in self._views("train"))
         return self.resident == "device" or (
             self.resident == "auto" and fits_on_device(images, self._device)
@@ -313,7 +309,7 @@ class ContrastiveDataModule(LightningDataModule):
             if images is None:
                 images = self._crop(name, batch["index"], group["crops"], views.augment.size)
             if "table" in group:
-                result[key] = views.augment.apply(images, _with_floats(group["table"]))
+                result[key] = views.augment.apply(images, with_floats(group["table"]))
             else:
                 result[key] = views.augment.normalise(to_float(images[:, 0]))
         return result
@@ -356,10 +352,3 @@ class ContrastiveDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes it up again."""
         self.unreadable.update(state_dict["unreadable"])
-
-
-def _with_floats(table: Table) -> Table:
-    return {
-        name: value.view(torch.float32) if getattr(value, "dtype", None) == torch.int32 else value
-        for name, value in table.items()
-    }

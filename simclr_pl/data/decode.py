@@ -77,13 +77,11 @@ def open_picture(data: bytes, channels: int, max_pixels: int = MAX_PIXELS) -> Pi
             colour = ""  # e.g. lossless JPEG: Pillow may know better, or say what is wrong
         if colour in ("YCbCr", "RGB", "Gray"):
             _check_size(height, width, max_pixels)
-            decode = partial(
-                _decode_jpeg,
-                data,
-                (height, width, channels),
-                orientation := _jpeg_orientation(data),
-            )
-            return Picture(*((width, height) if orientation >= 5 else (height, width)), decode)
+            orientation = _jpeg_orientation(data)
+            decode = partial(_decode_jpeg, data, (height, width, channels), orientation)
+            if orientation >= 5:
+                height, width = width, height
+            return Picture(height, width, decode)
     return _open_by_pillow(data, channels, max_pixels)
 
 

@@ -59,9 +59,7 @@ def moments(
     source.prepare()
     source.open()
     positions = _sample(len(source.train), max_images, seed)
-    total = np.zeros(
-        (3, source.channels), object
-    )  # Python's integers: 10^7 images overflow 64 bits
+    total = np.zeros((3, source.channels), object)  # of Python: 10^7 images overflow 64 bits
     images = 0
     with Bar("Reading", len(positions)) as bar:
         for sums in bar.over(sweep(source.train, _sums, positions, workers)):

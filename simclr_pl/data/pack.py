@@ -312,9 +312,8 @@ def encode(images: Images, i: int, short_side: int | None, quality: int) -> byte
         UnreadableImage: it cannot be used.
     """
     data, picture = read(images, i)
-    pixels = picture.pixels(
-        reuse=True
-    )  # also where the file is copied: what cannot be decoded is not packed
+    # Also where the file is copied: what cannot be decoded is not packed.
+    pixels = picture.pixels(reuse=True)
     height, width, _ = pixels.shape
     shortest = min(height, width)
     if short_side is None or shortest <= short_side:

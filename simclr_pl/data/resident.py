@@ -115,7 +115,7 @@ def decode_all(
     def work(block: range) -> None:
         for i in block:
             try:
-                one = images.open(i).pixels()
+                one = images.open(i).pixels(reuse=True)
             except UnreadableImage as error:
                 unreadable[i] = images.name(i), str(error)
                 continue

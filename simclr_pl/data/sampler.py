@@ -61,10 +61,9 @@ class KeyedSampler(_OwnSampler):
 
     def __iter__(self) -> Iterator[Draw]:
         order = permutation(self.count, self.seed, Stream.ORDER, self.epoch)
-        share = self.batch_size
         for step in range(len(self)):
-            start = step * self.global_batch_size + self.rank * share
-            yield Draw(self.epoch, order[start : start + share], step)
+            start = step * self.global_batch_size + self.rank * self.batch_size
+            yield Draw(self.epoch, order[start : start + self.batch_size], step)
 
     def spare(self, epoch: int, step: int, slot: int, attempt: int) -> int | None:
         """The image that takes the place of one that cannot be read.

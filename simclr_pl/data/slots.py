@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-_IN_FLIGHT = (
-    5  # batches of one worker: two that wait, one in the making, two in the consumer's hands
-)
+# Batches of one worker: two that wait, one in the making, two in the consumer's hands.
+_IN_FLIGHT = 5
 
 _numbers = itertools.count()
 _pools: "weakref.WeakValueDictionary[int, Slots]" = weakref.WeakValueDictionary()
@@ -39,10 +38,9 @@ class Slots:
     def __init__(self, shape: tuple[int, ...], workers: int) -> None:
         self.shape = shape
         count = max(1, workers) * _IN_FLIGHT
-        # Of a process that fills its own slots it is plain memory: some containers share little.
-        self.memory = (
-            _shared((count, *shape)) if workers else torch.empty((count, *shape), dtype=torch.uint8)
-        )
+        # A process that fills its own slots takes plain memory: some containers share little.
+        self.room = _shared if workers else _plain
+        self.memory = self.room((count, *shape))
         self.busy = _shared((count,)).zero_()
         self.number = next(_numbers)
         _pools[self.number] = self
@@ -78,7 +76,7 @@ class Slot:
 
     def __init__(self, pool: Slots, i: int | None, count: int) -> None:
         self._pool, self._i, self._count = pool, i, count
-        memory = _shared((count, *pool.shape[1:])) if i is None else pool.memory[i, :count]
+        memory = pool.room((count, *pool.shape[1:])) if i is None else pool.memory[i, :count]
         self._memory: Tensor = memory
         self.array: np.ndarray = memory.numpy()
 
@@ -102,3 +100,7 @@ def _shared(shape: tuple[int, ...]) -> Tensor:
     """Uninitialised uint8 memory that processes share; a page exists once it is written."""
     storage = torch.UntypedStorage._new_shared(int(np.prod(shape)))
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
+def _plain(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8)

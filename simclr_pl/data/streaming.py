@@ -78,9 +78,7 @@ class StreamedShards(Source):
         """Fetches the index and the labels."""
         store = _Store(self.root, self.root, self.storage_options)
         if self.cache_dir is not None:
-            private = (
-                Path(self.cache_dir) / f".{os.getpid()}"
-            )  # what is in the store may have changed
+            private = Path(self.cache_dir, f".{os.getpid()}")  # the store's may have changed
             store = _Store(self.root, str(private), self.storage_options)
             index = load_index(Path(store.fetch(INDEX)).parent)
             shutil.rmtree(private)
@@ -255,10 +253,8 @@ class LitdataChunks:
 
         temporary = temporary_of(file)
         writer = BinaryWriter(str(temporary), chunk_size=len(rows))
-        for i, row in enumerate(
-            rows
-        ):  # tuples keep litdata's classic layout; of dicts it makes Arrow files
-            writer.add_item(i, row)
+        for i, row in enumerate(rows):
+            writer.add_item(i, row)  # tuples: of dicts litdata makes Arrow files
         (made,) = writer.done()
         (chunk,) = json.loads((temporary / f"0.{INDEX}").read_text())["chunks"]
         chunk["filename"] = file.name
@@ -291,9 +287,8 @@ class LitdataChunks:
             listing = {
                 "chunks": [note["chunk"] for note in notes],
                 "config": notes[0]["config"],
-                "updated_at": index[
-                    "fingerprint"
-                ],  # litdata has the time; a cache asks only for change
+                # litdata has the time; a cache asks only for change
+                "updated_at": index["fingerprint"],
             }
             file = out / _INDEX_OF.format(split)
             temporary_of(file).write_text(json.dumps(listing, sort_keys=True))

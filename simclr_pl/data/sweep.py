@@ -3,7 +3,6 @@
 Symbols: M images in a set.
 """
 
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from simclr_pl.data.decode import Picture, open_picture
 from simclr_pl.data.sources import EncodedReader, Images, Source, StoredImages
-from simclr_pl.data.workers import settle
+from simclr_pl.data.workers import cores, settle
 from simclr_pl.errors import InputError
 
 T = TypeVar("T")
@@ -40,7 +39,7 @@ def worker_count(workers: int | None) -> int:
         InputError: it is negative.
     """
     if workers is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        return cores()
     if workers < 0:
         raise InputError(f"`workers` must be >= 0; got {workers}. Leave it out to use all cores.")
     return workers

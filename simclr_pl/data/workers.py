@@ -1,4 +1,4 @@
-"""What a DataLoader's worker process does first."""
+"""Worker processes of a DataLoader: how many there can be, and what they do first."""
 
 import multiprocessing
 import os
@@ -7,6 +7,13 @@ import warnings
 from threading import Thread
 
 import cv2
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def settle(_: int) -> None:
