@@ -49,6 +49,11 @@ _TRAINER_DEFAULTS = {
 # signatures and docstrings are the options. What they return is the exit code.
 _VERBS: dict[str, tuple[str, str]] = {
     "data": ("simclr_pl.data.commands:COMMANDS", "Pack, describe and check sets of images."),
+    "linear": ("simclr_pl.commands.linear:linear", "Linear classifier on frozen features."),
+    "knn": ("simclr_pl.commands.knn:knn", "Nearest neighbours among frozen features."),
+    "finetune": ("simclr_pl.commands.finetune:finetune", "Train on all or a few labels."),
+    "distill": ("simclr_pl.commands.distill:distill", "Train a student on a teacher's answers."),
+    "embed": ("simclr_pl.commands.embed:embed", "Write features to Parquet or npz."),
 }
 
 # Lightning's advice that does not fit: sets in memory need no workers, the epoch's length is short by

@@ -34,6 +34,8 @@ class Stream(IntEnum):
     STEP = 9
     DIGITS = 10
     SAMPLE = 11
+    LABELS = 12
+    HEADS = 13
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

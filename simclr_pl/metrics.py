@@ -1,111 +1,25 @@
-"""What features are worth: pure functions on tensors, the same on every rank.
+"""What features and scores are worth: pure functions."""
 
-Symbols: M bank images, Q query images, E feature width, K classes.
-"""
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from simclr_pl.distributed import gather_rows, gather_uneven_rows, is_distributed, world_size
+import math
+from statistics import NormalDist
 
 
-def knn_predict(
-    bank: Tensor,
-    bank_labels: Tensor,
-    query: Tensor,
-    num_classes: int,
-    k: int = 20,
-    temperature: float = 0.07,
-    chunk: int = 1024,
-) -> Tensor:
-    """Weighted k-nearest-neighbour classes of all ranks' queries by all ranks' banks.
+def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The interval of a share, by Wilson's score (1927, J. Am. Stat. Assoc. 22).
 
-    A neighbour with cosine similarity s votes for its class with weight exp(s / temperature) (Wu et
-    al. 2018, arXiv:1805.01978, section 3.4). Exact: the queries travel to every rank, each finds the
-    nearest of its own bank rows, and the partial lists are merged.
+    Unlike the normal approximation it stays within [0, 1] and has a width at 0 and 1.
 
     Args:
-        bank: (M, E) features of this rank, in any scale; ranks may differ in M.
-        bank_labels: (M,) int64 in [0, K).
-        query: (Q, E) features of this rank.
-        num_classes: K.
-        k: neighbours; all ranks' bank where that is smaller.
-        temperature: of the votes, > 0.
-        chunk: queries compared at a time; memory is chunk * M numbers.
+        correct: hits, of ``total``.
+        total: trials, >= 1.
+        confidence: that the interval covers the true share.
 
     Returns:
-        (sum of Q over ranks,) int64 predicted classes, in rank order.
+        Its lower and upper end.
     """
-    with torch.autocast(query.device.type, enabled=False):
-        bank = F.normalize(bank.float(), dim=1)
-        query = F.normalize(gather_uneven_rows(query.float()), dim=1)
-        classes = [
-            _vote(*_nearest(bank, bank_labels, part, k), num_classes, temperature)
-            for part in query.split(chunk)
-        ]
-    return torch.cat(classes) if classes else query.new_empty(0, dtype=torch.int64)
-
-
-def _nearest(bank: Tensor, labels: Tensor, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Similarities and labels (Q, <= k) of the nearest rows of all ranks' banks."""
-    similarity, position = (query @ bank.T).topk(min(k, len(bank)), dim=1)
-    nearest = labels[position]
-    if not is_distributed():
-        return similarity, nearest
-    short = k - similarity.shape[1]  # a bank smaller than k is filled up with votes of weight 0
-    similarity = F.pad(similarity, (0, short), value=-torch.inf)
-    nearest = F.pad(nearest, (0, short))
-    shape = (world_size(), len(query), k)
-    similarity = gather_rows(similarity).view(shape).transpose(0, 1).flatten(1)  # (Q, W*k)
-    nearest = gather_rows(nearest).view(shape).transpose(0, 1).flatten(1)
-    similarity, position = similarity.topk(k, dim=1)
-    return similarity, nearest.gather(1, position)
-
-
-def _vote(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
-    # Relative to the best neighbour, so that no weight overflows at a low temperature.
-    weights = ((similarity - similarity[:, :1]) / temperature).exp()
-    votes = torch.zeros(len(labels), num_classes, device=labels.device)
-    return votes.scatter_add_(1, labels, weights).argmax(1)
-
-
-def linear_predict(
-    features: Tensor, labels: Tensor, query: Tensor, num_classes: int, l2: float = 1.0
-) -> Tensor:
-    """Classes of the queries by multinomial logistic regression on frozen features.
-
-    The features are standardised; the weights minimise the summed cross-entropy plus
-    l2 / 2 * |weights|^2 by L-BFGS, which is scikit-learn's `LogisticRegression(C=1 / l2)`.
-
-    Args:
-        features: (M, E) of the images to fit.
-        labels: (M,) int64 in [0, K).
-        query: (Q, E).
-        num_classes: K.
-        l2: weight of the penalty.
-
-    Returns:
-        (Q,) int64 predicted classes.
-    """
-    features, query = features.float(), query.float()
-    mean, std = features.mean(0), features.std(0, correction=0)
-    # A constant feature has no scale: dividing it by rounding noise would blow up the queries'.
-    std = torch.where(std > 1e-5 * mean.abs(), std, 1.0)
-    features, query = (features - mean) / std, (query - mean) / std
-    weight = features.new_zeros(num_classes, features.shape[1], requires_grad=True)
-    bias = features.new_zeros(num_classes, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=200, history_size=10, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        solver.zero_grad()
-        loss = F.cross_entropy(F.linear(features, weight, bias), labels)
-        loss = loss + l2 / (2 * len(labels)) * weight.square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
-        solver.step(closure)
-        return F.linear(query, weight, bias).argmax(1)
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = correct / total
+    centre = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return (centre - spread) / scale, (centre + spread) / scale

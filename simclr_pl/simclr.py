@@ -113,7 +113,8 @@ class SimCLR(LightningModule):
             batch_idx: not used.
 
         Returns:
-            ``loss``, ``features`` of all views (V*B, E) detached, ``label`` (B,), ``index`` (B,).
+            ``loss``; of all views, detached, ``features`` (V*B, E) and ``projections`` (V*B, D);
+            ``label`` (B,), ``index`` (B,).
         """
         sizes = [batch[name] for name in ("views", "small_views") if name in batch]
         parts = [encode_in_chunks(self._encode, x, self.encode_chunk, self) for x in sizes]
@@ -127,6 +128,7 @@ class SimCLR(LightningModule):
         return {
             "loss": loss,
             "features": h.detach(),
+            "projections": z.detach(),
             "label": batch["label"],
             "index": batch["index"],
         }

@@ -23,8 +23,12 @@ L0 = {
     "models",
     "optim",
 }
-L0, L1, L2 = L0 | {"metrics", "errors"}, {"data"}, {"simclr", "callbacks", "evaluation"}
-L3 = {"cli", "export", "report", "doctor", "__main__"}
+L0, L1, L2 = (
+    L0 | {"linear", "metrics", "neighbours", "errors"},
+    {"data"},
+    {"simclr", "callbacks", "evaluation"},
+)
+L3 = {"cli", "commands", "export", "report", "doctor", "__main__"}
 MAY_IMPORT = ((L0, L0), (L1, L0 | L1), (L2, L0 | L2), (L3, L0 | L1 | L2 | L3))
 
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from simclr_pl.distributed import gather_uneven_rows
 from simclr_pl.errors import InputError
-from simclr_pl.metrics import knn_predict
+from simclr_pl.neighbours import knn_predict
 
 
 class KNNMonitor(Callback):
     """Classifies the query images by their neighbours in the bank, at every validation.
 
     Features are those of the clean view in evaluation mode. Exact under DDP: each rank keeps the bank
-    rows that it encoded; see `simclr_pl.metrics.knn_predict`. How often it runs is the trainer's
+    rows that it encoded; see `simclr_pl.neighbours.knn_predict`. How often it runs is the trainer's
     ``check_val_every_n_epoch``.
 
     Logs ``knn/top1`` in [0, 1].

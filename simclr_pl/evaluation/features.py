@@ -1,4 +1,4 @@
-"""How good frozen features are: features of clean views, scored by kNN and a linear classifier.
+"""Features of clean views, encoded outside the trainer's loops.
 
 Symbols: n images of this rank, N images of all ranks, C channels, S side of a view, E feature width.
 """
@@ -10,9 +10,6 @@ import torch.nn.functional as F
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-
-from simclr_pl.distributed import gather_uneven_rows
-from simclr_pl.metrics import knn_predict, linear_predict
 
 _PIXEL_SIDE = 32  # larger views are averaged down to this before pixels are compared
 
@@ -27,18 +24,6 @@ class Labelled(NamedTuple):
 
     features: Tensor
     labels: Tensor
-
-
-class Scores(NamedTuple):
-    """Shares of the query images that are classified right, in [0, 1].
-
-    Attributes:
-        knn: by weighted nearest neighbours in the bank.
-        linear: by logistic regression on the bank.
-    """
-
-    knn: float
-    linear: float
 
 
 def encode_clean_views(
@@ -78,22 +63,6 @@ def encode_clean_views(
             )
     module.train(training)
     return result
-
-
-def score(bank: Labelled, query: Labelled, num_classes: int) -> Scores:
-    """Scores features; collective, the same result on every rank.
-
-    Args:
-        bank: of this rank.
-        query: of this rank.
-        num_classes: number of classes.
-    """
-    truth = gather_uneven_rows(query.labels)
-    by_knn = knn_predict(*bank, query.features, num_classes)
-    features, labels = (gather_uneven_rows(part) for part in bank)
-    queries = gather_uneven_rows(query.features)
-    by_line = linear_predict(features, labels, queries, num_classes)
-    return Scores(*(float((p == truth).float().mean()) for p in (by_knn, by_line)))
 
 
 def _small(views: Tensor) -> Tensor:
