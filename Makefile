@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format bench bench-loss bench-batch bench-data clean
+.PHONY: help setup run test check format bench bench-loss bench-batch bench-data bench-knn clean
 
 help: ## List the commands.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
@@ -36,7 +36,7 @@ format: setup ## Format the code.
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format .
 
-bench: bench-loss bench-batch bench-data ## Measure against peers; prints ratios.
+bench: bench-loss bench-batch bench-data bench-knn ## Measure against peers; prints ratios.
 
 bench-loss: $(VENV)/.bench ## The loss: time on one and two threads, memory.
 	@$(BIN)/python benchmarks/loss.py
@@ -45,6 +45,11 @@ bench-loss: $(VENV)/.bench ## The loss: time on one and two threads, memory.
 
 bench-batch: setup ## A batch of 4,096 images, whole and in chunks: memory.
 	@$(BIN)/python benchmarks/large_batch.py
+
+bench-knn: $(VENV)/.bench ## kNN: time on one and two threads, memory of two ranks.
+	@$(BIN)/python benchmarks/knn.py
+	@$(BIN)/python benchmarks/knn.py --threads 2
+	@$(BIN)/python benchmarks/knn.py --memory
 
 PHOTOGRAPHS ?= data/imagenet-sample
 SMALL_IMAGES ?= data/cifar10/train

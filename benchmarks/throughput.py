@@ -19,7 +19,7 @@ from PIL import Image
 
 from simclr_pl import ContrastiveDataModule, Encoder, SimCLR
 from simclr_pl.augment import simclr_imagenet
-from simclr_pl.callbacks import LoadingMonitor
+from simclr_pl.callbacks import ThroughputMonitor
 from simclr_pl.data import ImageFolder, Shards
 from simclr_pl.data.pack import pack_source
 
@@ -39,7 +39,7 @@ class Clock(Callback):
             else:
                 seconds = time.perf_counter() - self.begin
                 rate = self.batch * (trainer.max_steps - self.skip) / seconds
-                wait = float(trainer.callback_metrics.get("data/wait", float("nan")))
+                wait = float(trainer.callback_metrics.get("throughput/data", float("nan")))
                 print(f"{rate:,.1f} images per second, {wait:.1%} of the time waiting for data")
 
 
@@ -76,8 +76,9 @@ if __name__ == "__main__":
         Trainer(
             max_steps=given.steps,
             precision="bf16-mixed" if on_gpu else "32-true",
-            callbacks=[LoadingMonitor(), Clock(given.batch, min(10, given.steps // 2))],
+            callbacks=[ThroughputMonitor(), Clock(given.batch, min(10, given.steps // 2))],
             limit_val_batches=0,
+            log_every_n_steps=1,
             num_sanity_val_steps=0,
             logger=False,
             enable_checkpointing=False,

@@ -13,11 +13,14 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from simclr_pl.callbacks import (
+    CollapseMonitor,
+    EvaluationPace,
     FeatureWriter,
     KNNMonitor,
-    LoadingMonitor,
     OnlineLinearProbe,
+    Pictures,
     RunSummary,
+    ThroughputMonitor,
 )
 from simclr_pl.data import ContrastiveDataModule
 from simclr_pl.errors import InputError
@@ -28,11 +31,17 @@ Tracker = Literal["wandb", "wandb-offline", "tensorboard"]
 _MONITORS: dict[str, tuple[type[Callback], dict[str, Any], str]] = {
     "probe": (OnlineLinearProbe, {}, "Online linear probe; null for none."),
     "knn": (KNNMonitor, {}, "kNN monitor; null for none."),
-    "loading": (LoadingMonitor, {}, "Waiting for data, unreadable images; null for none."),
+    "collapse": (CollapseMonitor, {}, "Collapse measures and warning; null for none."),
+    "pictures": (Pictures, {}, "Views, nearest neighbours, a map of features; null for none."),
+    "throughput": (
+        ThroughputMonitor,
+        {},
+        "Speed, split of the time, memory, unreadable images; null for none.",
+    ),
     "summary": (RunSummary, {}, "Scores and speed in summary.json; null for none."),
     "checkpoint": (
         ModelCheckpoint,
-        {"save_last": "link"},
+        {"save_last": "link", "save_on_train_epoch_end": True},  # every epoch, evaluated or not
         "When checkpoints are written, into the run's folder; null for never.",
     ),
 }
@@ -42,8 +51,14 @@ _TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,  # the summary's baselines walk the same path, in full
     "use_distributed_sampler": False,  # the data module's own samplers know the ranks
     "log_every_n_steps": 10,
+    "check_val_every_n_epoch": None,  # EvaluationPace
     "enable_model_summary": False,  # RunSummary says it in one line
 }
+
+_PACE = (
+    "Evaluate every n epochs. By default as often as keeps it within 1 % of the encoder's work, and "
+    "after the last step; null with trainer.val_check_interval a number of batches: every so many."
+)
 
 # Commands beside LightningCLI's, imported when they are called: a function, or several by name, whose
 # signatures and docstrings are the options. What they return is the exit code.
@@ -68,11 +83,13 @@ _NOISE = (
 
 
 class _ProgressBar(RichProgressBar):
-    """Loss, kNN and linear accuracy, without the run's version."""
+    """Loss, accuracies and speed, without the run's version."""
 
     def get_metrics(self, *args: Any) -> dict[str, Any]:
         metrics = super().get_metrics(*args)
         metrics.pop("v_num", None)
+        if (speed := metrics.pop("throughput/images_per_second", None)) is not None:
+            metrics["images/s"] = f"{speed:.0f}"
         return metrics  # type: ignore[return-value]
 
 
@@ -131,6 +148,9 @@ class SimCLRCLI(LightningCLI):
         for key, (cls, options, text) in _MONITORS.items():
             default = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": options}
             parser.add_argument(f"--{key}", type=cls | None, default=default, help=text)
+        for action in parser._actions:
+            if action.dest == "trainer.check_val_every_n_epoch":
+                action.help = _PACE
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
 
@@ -163,9 +183,23 @@ class SimCLRCLI(LightningCLI):
         if wants_bar and not any(isinstance(c, ProgressBar) for c in own):
             callbacks.insert(0, _ProgressBar())  # first to close: what follows prints below it
         config["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in [*own, *callbacks])
+        callbacks = [*self._pace(config), *callbacks]
         config["callbacks"] = own
         config["logger"] = self._loggers(config)
         return self._instantiate_trainer(config, callbacks)
+
+    def _pace(self, config: dict[str, Any]) -> list[Callback]:
+        """Completes the trainer's options on evaluation, which must not both be None."""
+        interval = config["val_check_interval"]
+        by_epochs = interval is None or isinstance(interval, float)  # a float: parts of an epoch
+        if config["check_val_every_n_epoch"] is not None or not by_epochs:
+            return []
+        if self.subcommand != "fit" or interval is not None:
+            config["check_val_every_n_epoch"] = 1
+            return []
+        # Until the pace is known: not 1, which EarlyStopping takes for "at the end of every epoch".
+        config["check_val_every_n_epoch"] = 2
+        return [EvaluationPace()]
 
     def _loggers(self, config: dict[str, Any]) -> list[Logger]:
         name = self._get(self.config_init, "name")

@@ -89,6 +89,19 @@ class SimCLR(LightningModule):
         self.warmup_epochs = warmup_epochs
         self.seed = seed
 
+    def setup(self, stage: str) -> None:
+        """Checks that there are pairs to learn from.
+
+        Raises:
+            InputError: the data module gives one view of each image.
+        """
+        views = getattr(getattr(self.trainer, "datamodule", None), "n_views", 2)
+        if stage == "fit" and views < 2:
+            raise InputError(
+                f"contrastive training needs >= 2 views of each image; got {views}. Set "
+                "`data.n_views`."
+            )
+
     def forward(self, x: Tensor) -> Tensor:
         """Maps images (n, C, H, W) to features (n, E), what downstream tasks use."""
         if x.dim() == 4:  # images: as the weights, also in the precisions 64-true and bf16-true
@@ -122,9 +135,10 @@ class SimCLR(LightningModule):
         statistics: list[Statistics] | None = [] if self._logs_this_step() else None
         loss = self.loss(z.view(-1, len(batch["index"]), z.shape[1]), statistics=statistics)
         self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         for seen in statistics or ():
-            self.log_dict({f"train/{name}": value for name, value in seen._asdict().items()})
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            values = {"learning_rate": rate, **seen._asdict()}
+            self.log_dict({f"train/{name}": value for name, value in values.items()})
         return {
             "loss": loss,
             "features": h.detach(),

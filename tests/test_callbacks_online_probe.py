@@ -2,15 +2,17 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
 from ranks import on_ranks
 from tiny import tiny_data, tiny_fit, tiny_model, tiny_trainer, weights
-from torch import Tensor, nn
+from torch import Tensor
 
 from simclr_pl import InputError, OnlineLinearProbe
+from simclr_pl.heads import LinearHeads
+from simclr_pl.linear import Deal, train_heads
 
 
 class Recorder(Callback):
@@ -23,24 +25,77 @@ class Recorder(Callback):
         self.outputs.append({k: v.detach().clone() for k, v in outputs.items()})
 
 
-def probe_state(probe: OnlineLinearProbe) -> tuple[Tensor, Tensor]:
-    assert probe.head is not None
-    return probe.head.weight.detach().clone(), probe.head.bias.detach().clone()
+def probe_state(probe: OnlineLinearProbe) -> dict[str, Tensor]:
+    assert probe.heads is not None
+    return {name: value.clone() for name, value in probe.heads.state_dict().items()}
 
 
-def test_probe_equals_torch_sgd_on_the_recorded_features() -> None:
-    recorder, probe = Recorder(), OnlineLinearProbe(lr=0.2, momentum=0.8, weight_decay=0.01)
+def test_probe_trains_the_heads_on_the_recorded_features() -> None:
+    recorder = Recorder()
+    probe = OnlineLinearProbe([0.05, 0.2], momentum=0.8, weight_decay=0.01, hidden_features=6)
     tiny_fit([recorder, probe])
-    torch.manual_seed(0)
-    head = nn.Linear(32, 10)
-    solver = torch.optim.SGD(head.parameters(), lr=0.2, momentum=0.8, weight_decay=0.01)
+    heads = LinearHeads(32, 10, [0.05, 0.2], [0.01, 0.01], 0.8, 6, online=True)
     for out in recorder.outputs:
-        solver.zero_grad()
-        F.cross_entropy(head(out["features"]), out["label"].repeat(2)).backward()
-        solver.step()
-    weight, bias = probe_state(probe)
-    torch.testing.assert_close(weight, head.weight.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(bias, head.bias.detach(), rtol=1e-5, atol=1e-6)
+        heads.update(out["features"], out["label"].repeat(2))
+    for name, value in heads.state_dict().items():
+        torch.testing.assert_close(probe_state(probe)[name], value, rtol=0, atol=0)
+
+
+class Clean(Callback):
+    """Keeps what the last validation says of the images of one loader."""
+
+    def __init__(self, loader: int = 1) -> None:
+        self.loader = loader
+
+    def on_validation_epoch_start(self, *_: Any) -> None:
+        self.features: list[Tensor] = []
+        self.label: list[Tensor] = []
+
+    def on_validation_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, i: int, dataloader_idx: int = 0
+    ) -> None:
+        if dataloader_idx == self.loader:
+            self.features.append(outputs["features"])
+            self.label.append(outputs["label"])
+
+
+def test_probe_reports_the_best_head_on_the_query_images() -> None:
+    queries, probe = Clean(), OnlineLinearProbe([1e-6, 0.1])
+    metrics = tiny_fit([queries, probe], max_epochs=5).callback_metrics
+    label = torch.cat(queries.label)
+    assert probe.heads is not None
+    logits = probe.heads.logits(torch.cat(queries.features))
+    top1 = [float((each.argmax(1) == label).float().mean()) for each in logits]
+    best = int(np.argmax(top1))
+    top5 = (logits[best].topk(5).indices == label[:, None]).any(1).float().mean()
+    assert top1[0] != top1[1]
+    assert float(metrics["probe/top1"]) == pytest.approx(max(top1), abs=1e-6)
+    assert float(metrics["probe/top5"]) == pytest.approx(float(top5), abs=1e-6)
+    assert float(metrics["probe/best_lr"]) == pytest.approx([1e-6, 0.1][best])
+    assert float(metrics["probe/lr_1e-06/top1"]) == pytest.approx(top1[0], abs=1e-6)
+    assert float(metrics["probe/lr_0.1/top1"]) == pytest.approx(top1[1], abs=1e-6)
+
+
+def test_probe_reports_the_training_views_before_each_step() -> None:
+    recorder = Recorder()
+    metrics = tiny_fit([recorder, OnlineLinearProbe([0.01, 0.5])]).callback_metrics
+    heads = LinearHeads(32, 10, [0.01, 0.5], [0.0, 0.0], online=True)
+    for out in recorder.outputs:
+        stats = heads.update(out["features"], out["label"].repeat(2))
+    loss, hits, count = max(stats.tolist(), key=lambda each: each[1])
+    assert float(metrics["probe/loss"]) == pytest.approx(loss / count, rel=1e-5)
+    assert float(metrics["probe/train_top1"]) == pytest.approx(hits / count, rel=1e-5)
+
+
+def test_one_rate_and_few_classes_have_no_further_curves() -> None:
+    data = tiny_data()
+    data.setup()
+    for images in data._sets.values():
+        images.labels[:] = images.labels % 3
+    trainer = tiny_trainer([OnlineLinearProbe(0.1)], max_epochs=1)
+    trainer.fit(tiny_model(), datamodule=data)
+    names = {name for name in trainer.callback_metrics if name.startswith("probe/")}
+    assert names == {"probe/loss", "probe/train_top1", "probe/top1", "probe/best_lr"}
 
 
 def encoder_with_and_without_probe(precision: str = "32-true") -> list[dict[str, Tensor]]:
@@ -74,69 +129,85 @@ def test_probe_leaves_the_encoder_bit_identical_on_two_ranks() -> None:
         assert all(torch.equal(with_probe[name], without[name]) for name in without)
 
 
-def head_on_a_rank(precision: str) -> tuple[tuple[Tensor, Tensor], float]:
+def head_on_a_rank(precision: str, unlabelled: str = "") -> tuple[dict[str, Tensor], float]:
     probe = OnlineLinearProbe()
     devices = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    trainer = tiny_fit(
+    trainer = tiny_trainer(
         [probe],
-        tiny_model(batch_norm=False),
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
         precision=precision,
     )
+    trainer.fit(tiny_model(batch_norm=False), datamodule=data_without(unlabelled))
     return probe_state(probe), float(trainer.callback_metrics["probe/top1"])
 
 
-def test_two_ranks_train_the_head_of_one_process() -> None:
-    (weight, bias), top1 = head_on_a_rank("32-true")
-    ranks = on_ranks(2, head_on_a_rank, "32-true")
-    assert torch.equal(ranks[0][0][0], ranks[1][0][0])  # identical across ranks
-    assert torch.equal(ranks[0][0][1], ranks[1][0][1])
-    torch.testing.assert_close(ranks[0][0][0], weight, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ranks[0][0][1], bias, rtol=1e-5, atol=1e-5)
+def data_without(labels: str) -> Any:
+    """The digits; "most" training labels hidden, or "train": all but the bank's."""
+    data = tiny_data(bank_size=301)  # uneven on two ranks
+    if labels:
+        source, open_source = data.source, data.source.open
+
+        def open_without() -> None:
+            open_source()
+            source.bank = source.bank.subset(np.arange(len(source.bank)))
+            hidden = source.train.labels.copy()
+            hidden[np.arange(len(hidden)) % 10 > 0 if labels == "most" else slice(None)] = -1
+            source.train.labels = hidden
+
+        source.open = open_without  # type: ignore[method-assign]
+    return data
+
+
+@pytest.mark.parametrize("unlabelled", ["", "most", "train"])
+def test_two_ranks_train_the_heads_of_one_process(unlabelled: str) -> None:
+    state, top1 = head_on_a_rank("32-true", unlabelled)
+    ranks = on_ranks(2, head_on_a_rank, "32-true", unlabelled)
+    for name, value in state.items():
+        assert torch.equal(ranks[0][0][name], ranks[1][0][name])  # identical across ranks
+        # after 120 steps with a rate of 1 rounding has grown
+        tolerance = 1e-3 if unlabelled == "train" else 1e-5
+        torch.testing.assert_close(ranks[0][0][name], value, rtol=tolerance, atol=tolerance)
     assert ranks[0][1] == ranks[1][1] == pytest.approx(top1, abs=0.005)
 
 
 def test_heads_are_identical_across_ranks_in_bf16() -> None:
-    ((weight_0, bias_0), _), ((weight_1, bias_1), _) = on_ranks(2, head_on_a_rank, "bf16-mixed")
-    assert weight_0.dtype == torch.float32
-    assert torch.equal(weight_0, weight_1)
-    assert torch.equal(bias_0, bias_1)
+    (state_0, _), (state_1, _) = on_ranks(2, head_on_a_rank, "bf16-mixed")
+    for name, value in state_0.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, state_1[name])
 
 
-def update_with_nan_on_rank_1() -> tuple[bool, bool]:
-    probe = OnlineLinearProbe()
-    probe._build(4, 3, torch.device("cpu"))
-    features, label = torch.ones(5, 4), torch.tensor([0, 1, 2, -1, 0])
-    start = probe_state(probe)
-    features[0, 0] = torch.nan if torch.distributed.get_rank() == 1 else 1.0
-    probe._update(features, label)
-    skipped = all(torch.equal(a, b) for a, b in zip(start, probe_state(probe), strict=True))
-    probe._update(torch.ones(5, 4), label)
-    moved = not torch.equal(start[0], probe_state(probe)[0])
-    return skipped, moved
+def test_without_training_labels_the_heads_learn_from_the_clean_bank() -> None:
+    bank, queries, probe = Clean(0), Clean(1), OnlineLinearProbe([0.1])
+    trainer = tiny_trainer([bank, queries, probe])
+    data = data_without("train")
+    trainer.fit(tiny_model(), datamodule=data)
+    assert "probe/loss" not in trainer.callback_metrics
+    heads = LinearHeads(32, 10, [0.1], [0.0], online=True)
+    features, label = torch.cat(bank.features).half(), torch.cat(bank.label)
+    train_heads(heads, features, label, Deal(301, label.device), np.arange(301), 10, 256, data.seed)
+    assert torch.equal(probe_state(probe)["weights"], heads.weights)
+    predicted = heads.logits(torch.cat(queries.features))[0].argmax(1)
+    top1 = (predicted == torch.cat(queries.label)).float().mean()
+    assert float(trainer.callback_metrics["probe/top1"]) == pytest.approx(float(top1), abs=1e-6)
 
 
-def test_a_nan_on_one_rank_skips_the_update_on_all() -> None:
-    assert on_ranks(2, update_with_nan_on_rank_1) == [(True, True), (True, True)]
-
-
-def test_unlabelled_rows_are_ignored() -> None:
-    probes = [OnlineLinearProbe(), OnlineLinearProbe()]
-    features, label = torch.randn(6, 4), torch.tensor([0, -1, 2, 1, -1, 0])
-    for probe, rows in zip(probes, (torch.arange(6), label >= 0), strict=True):
-        probe._build(4, 3, torch.device("cpu"))
-        stats = probe._update(features[rows], label[rows])
-        assert stats[2] == 4
-    torch.testing.assert_close(probe_state(probes[0]), probe_state(probes[1]))
-
-
-def test_a_batch_without_labels_changes_nothing() -> None:
-    probe = OnlineLinearProbe()
-    probe._build(4, 3, torch.device("cpu"))
-    start = probe_state(probe)
-    probe._update(torch.randn(3, 4), torch.full((3,), -1))
-    torch.testing.assert_close(probe_state(probe), start, rtol=0, atol=0)
+def test_validation_from_a_checkpoint_gives_the_accuracy_of_the_run(tmp_path: Any) -> None:
+    for unlabelled in ("", "train"):
+        trainer = tiny_trainer([OnlineLinearProbe()])
+        trainer.fit(tiny_model(), datamodule=data_without(unlabelled))
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        again = tiny_trainer([OnlineLinearProbe()])
+        again.validate(
+            tiny_model(),
+            datamodule=data_without(unlabelled),
+            ckpt_path=tmp_path / "last.ckpt",
+            weights_only=True,
+            verbose=False,
+        )
+        for name in ("probe/top1", "probe/top5", "probe/best_lr"):
+            assert again.callback_metrics[name] == trainer.callback_metrics[name]
 
 
 def test_probe_continues_from_a_checkpoint(tmp_path: Any) -> None:
@@ -154,16 +225,18 @@ def test_probe_continues_from_a_checkpoint(tmp_path: Any) -> None:
     trainer.fit(
         tiny_model(), datamodule=tiny_data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True
     )
-    for a, b in zip(probe_state(whole), probe_state(resumed), strict=True):
-        assert torch.equal(a, b)
+    for name, value in probe_state(whole).items():
+        assert torch.equal(value, probe_state(resumed)[name])
 
 
-def test_probe_of_another_width_is_an_error() -> None:
-    small, large = OnlineLinearProbe(), OnlineLinearProbe()
-    small._build(4, 3, torch.device("cpu"))
-    large.load_state_dict(small.state_dict())
-    with pytest.raises(InputError, match=r"got \(3, 4\) in the checkpoint for \(3, 8\)"):
-        large._build(8, 3, torch.device("cpu"))
+@pytest.mark.parametrize("other", [{"features": 8}, {"lr": [0.1, 0.2]}, {"hidden_features": 2}])
+def test_probe_of_another_shape_is_an_error(other: dict[str, Any]) -> None:
+    features = other.pop("features", 4)
+    ours, theirs = OnlineLinearProbe(0.1), OnlineLinearProbe(**{"lr": 0.1, **other})
+    theirs._build(features, 3, torch.device("cpu"))
+    ours.load_state_dict(theirs.state_dict())
+    with pytest.raises(InputError, match=r"probe must fit the features.*got heads of.*Set `data"):
+        ours._build(4, 3, torch.device("cpu"))
 
 
 def test_probe_without_labels_is_an_error() -> None:
@@ -178,10 +251,17 @@ def test_probe_without_labels_is_an_error() -> None:
         trainer.fit(tiny_model(), datamodule=data)
 
 
-def test_probe_learns_separable_features() -> None:
-    probe = OnlineLinearProbe(lr=0.5)
-    probe._build(3, 3, torch.device("cpu"))
-    label = torch.arange(3).repeat(20)
-    for _ in range(50):
-        stats = probe._update(F.one_hot(label, 3).float(), label)
-    assert stats[1] == stats[2] == 60
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": []}, r"`lr` must be > 0.*got \[\]. Set `probe.lr`"),
+        ({"lr": 0.0}, r"`lr` must be > 0"),
+        ({"lr": [0.1, 0.1]}, r"different numbers > 0"),
+        ({"momentum": 1.0}, r"`momentum` must be within \[0, 1\); got 1.0. Set `probe.momentum`"),
+        ({"weight_decay": -1.0}, r"`weight_decay` must be >= 0; got -1.0"),
+        ({"hidden_features": 0}, r"`hidden_features` must be >= 1; got 0"),
+    ],
+)
+def test_options_out_of_range_are_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        OnlineLinearProbe(**options)

@@ -12,6 +12,7 @@ from tiny import tiny_data, tiny_fit, tiny_model, tiny_trainer, weights
 
 import simclr_pl
 from simclr_pl import RunSummary
+from simclr_pl.callbacks import EvaluationPace
 from simclr_pl.evaluation import encode_clean_views, score
 
 
@@ -31,7 +32,14 @@ def test_summary_holds_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert summary["version"] == simclr_pl.__version__
     # Both are rounded in the file.
     assert summary["images_per_second"] * summary["seconds"] == pytest.approx(8 * 64, rel=0.01)
+    assert list(summary["time"]) == ["data", "augment", "compute", "monitors", "other"]
+    assert sum(summary["time"].values()) == pytest.approx(1, abs=1e-3)
+    assert summary["time"]["compute"] > 0.1
+    assert summary["peak_memory_mib"] > 50
     printed = capsys.readouterr().out
+    share, memory = summary["time"]["compute"], summary["peak_memory_mib"]
+    assert f", {100 * share:.0f} % compute, " in printed
+    assert f"; peak memory {memory:,.0f} MiB" in printed
     for word in ("at initialisation", "raw pixels", "effective peak learning rate 0.05", "Digits:"):
         assert word in printed
     for key in ("knn_top1", "linear_top1", "knn_top1_init", "linear_top1_pixels"):
@@ -89,10 +97,55 @@ def test_resumed_run_keeps_baselines_and_clock(tmp_path: Path) -> None:
     trainer = tiny_fit([RunSummary()])
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     before = trainer.callbacks[0].state_dict()  # type: ignore[attr-defined]
+    assert before["batches"] == 8
     resumed = RunSummary()
     more = tiny_trainer([resumed], max_epochs=3)
     more.fit(tiny_model(), datamodule=tiny_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     after = resumed.state_dict()
     assert after["scores"]["knn_top1_init"] == before["scores"]["knn_top1_init"]
     assert after["images"] == before["images"] + 4 * 64
-    assert after["seconds"] > before["seconds"]
+    assert after["batches"] == 12
+    assert after["peak_mib"] >= before["peak_mib"] > 0
+    for part in ("wait", "augment", "compute", "evaluation"):
+        assert after["time"][part] > before["time"][part] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "evaluated every epoch"),
+        ({"check_val_every_n_epoch": 3}, "evaluated every 3 epochs"),
+        (
+            {"check_val_every_n_epoch": 2, "val_check_interval": 0.5},
+            "evaluated every 2 epochs, within it every 2 batches",
+        ),
+        ({"check_val_every_n_epoch": None, "val_check_interval": 7}, "evaluated every 7 batches"),
+        (
+            {"check_val_every_n_epoch": None, "val_check_interval": "00:00:10:00"},
+            "evaluated by the clock",
+        ),
+        ({"limit_val_batches": 0}, "not evaluated while it trains"),
+        ({"callbacks": [EvaluationPace()]}, "evaluated every 49 epochs and after the last step"),
+    ],
+)
+def test_it_says_how_often_the_run_is_evaluated(
+    options: dict[str, Any], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = dict(options)  # 750 images, 3 * 2 * 4 * 64 forward passes of training an epoch
+    callbacks = [*options.pop("callbacks", []), RunSummary(baselines=False)]
+    tiny_fit(callbacks, max_epochs=1, num_sanity_val_steps=0, **options)
+    assert f"precision 32-true; {text}\n" in capsys.readouterr().out
+
+
+def peak_on_a_rank(folder: Path) -> float:
+    block = torch.ones((1 + torch.distributed.get_rank()) * 300 * 2**18)  # 300 MiB, 600 MiB
+    summary = RunSummary(baselines=False)
+    options = {"max_epochs": 1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+    tiny_fit([summary], devices=2, strategy="ddp", **options)
+    assert block[-1] == 1
+    return float(summary.state_dict()["peak_mib"])
+
+
+def test_the_peak_is_that_of_the_rank_with_the_most(tmp_path: Path) -> None:
+    first, second = on_ranks(2, peak_on_a_rank, tmp_path)
+    assert first == second > 600

@@ -19,7 +19,8 @@ from packing import flip_byte, image_folder, started
 from PIL import Image
 
 from simclr_pl.augment import Augment
-from simclr_pl.cli import main
+from simclr_pl.callbacks import EvaluationPace
+from simclr_pl.cli import _MONITORS, SimCLRCLI, main
 from simclr_pl.data import Digits
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -48,6 +49,7 @@ def test_run_folder_holds_config_metrics_checkpoint_and_summary(run: Path) -> No
         rows = list(csv.DictReader(file))
     logged = {key for row in rows for key, value in row.items() if value}
     assert {"train/loss", "train/learning_rate", "knn/top1", "probe/top1"} <= logged
+    assert {"throughput/data", "throughput/images_per_second", "data/unreadable"} <= logged
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
     summary = json.loads((run / "summary.json").read_text())
     assert {
@@ -58,6 +60,8 @@ def test_run_folder_holds_config_metrics_checkpoint_and_summary(run: Path) -> No
         "images_per_second",
         "steps",
         "seconds",
+        "time",
+        "peak_memory_mib",
         "global_batch_size",
         "version",
     } <= summary.keys()
@@ -131,6 +135,49 @@ def test_monitors_can_be_switched_off(tmp_path: Path) -> None:
     assert "knn/top1" not in header
     assert "probe" not in header
     assert not (folder / "checkpoints").exists()
+
+
+class Built(SimCLRCLI):
+    """Parses and instantiates, and stops there."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("verb", "given", "epochs", "interval"),
+    [
+        ("fit", [], "auto", 1.0),
+        ("fit", ["check_val_every_n_epoch", "3"], 3, 1.0),
+        ("fit", ["val_check_interval", "0.5"], 1, 0.5),  # of each epoch
+        ("fit", ["val_check_interval", "70"], None, 70),
+        ("fit", ["check_val_every_n_epoch", "1", "val_check_interval", "7"], 1, 7),
+        ("validate", [], 1, 1.0),
+    ],
+)
+def test_evaluation_is_as_often_as_given_or_else_at_its_own_pace(
+    verb: str, given: list[str], epochs: Any, interval: Any
+) -> None:
+    options = [f"--trainer.{word}" if i % 2 == 0 else word for i, word in enumerate(given)]
+    unset = ["--trainer.check_val_every_n_epoch", "null"]  # the config's own
+    trainer = Built([verb, *QUICK, *unset, *options]).trainer
+    paced = any(isinstance(callback, EvaluationPace) for callback in trainer.callbacks)
+    assert paced == (epochs == "auto")
+    if not paced:
+        assert trainer.check_val_every_n_epoch == epochs
+    assert trainer.val_check_interval == interval
+
+
+def test_a_run_at_its_own_pace_is_evaluated_and_checkpointed_and_keeps_null(tmp_path: Path) -> None:
+    epochs = ["--trainer.check_val_every_n_epoch", "null", "--trainer.max_epochs", "3"]
+    every = ["--checkpoint.init_args.save_top_k", "-1"]
+    folder = fit(tmp_path, *epochs, *every)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["trainer"]["check_val_every_n_epoch"] is None
+    with open(folder / "metrics.csv") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["knn/top1"]]
+    assert steps == [8]  # the last of 9
+    assert len(list((folder / "checkpoints").glob("epoch=*.ckpt"))) == 3
 
 
 # Errors.
@@ -226,8 +273,11 @@ def simclr(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_lists_the_commands_and_the_monitors() -> None:
     assert "fit,validate,test,predict" in simclr("--help").stdout.replace(" ", "")
     text = simclr("fit", "--help").stdout
-    for word in ("--name", "--track", "--probe", "--knn", "global_batch_size", "temperature"):
+    for word in ("--name", "--track", "global_batch_size", "temperature"):
         assert word in text
+    for key in _MONITORS:
+        assert f"--{key}" in text
+    assert "keeps it within 1 % of the encoder's work" in " ".join(text.split())
 
 
 def test_help_lists_the_other_verbs_and_teaches_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from ranks import on_ranks
+from tiny import tiny_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -807,7 +808,7 @@ def flat(value: Any) -> Any:
     ("options", "message"),
     [
         ({"global_batch_size": 0}, "`global_batch_size` must be >= 1; got 0. Set `data.global"),
-        ({"n_views": 1}, "`n_views` must be >= 2; got 1. Set `data.n_views`"),
+        ({"n_views": 0}, "`n_views` must be >= 1; got 0. Set `data.n_views`"),
         ({"bank_size": 0}, "`bank_size` must be >= 1; got 0"),
         ({"eval_batch_size": -1}, "`eval_batch_size` must be >= 1; got -1"),
     ],
@@ -823,6 +824,25 @@ def test_the_smallest_allowed_numbers_give_a_batch() -> None:
     batch = next(iter(data.train_dataloader()))
     assert data.make_views(batch, "train")["views"].shape == (2, 1, 32, 32)
     assert len(data.val_dataloader()[0]) == 1
+
+
+def test_one_view_of_each_image_serves_supervised_training_but_not_simclr() -> None:
+    module = Recorder()
+    data = ContrastiveDataModule(Digits(), 64, n_views=1)
+    trainer_of(limit_train_batches=1, limit_val_batches=0).fit(module, datamodule=data)
+    assert module.sizes["train"] == [64, 64]
+    with pytest.raises(InputError, match=r"needs >= 2 views.*got 1. Set `data.n_views`"):
+        trainer_of().fit(tiny_model(), datamodule=ContrastiveDataModule(Digits(), 64, n_views=1))
+
+
+def test_open_sets_are_given_by_name_and_say_whether_training_is_labelled() -> None:
+    data = labelled(60, bank_size=15)
+    assert [len(data.images(name)) for name in ("train", "bank", "query")] == [60, 15, 60]
+    assert data.train_is_labelled
+    images = TensorDataset(torch.zeros(20, 3, 8, 8, dtype=torch.uint8))
+    unlabelled = ContrastiveDataModule(DatasetSource(images), 4)
+    unlabelled.setup()
+    assert not unlabelled.train_is_labelled
 
 
 def test_a_source_that_is_none_raises_input_error() -> None:

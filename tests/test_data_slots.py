@@ -146,3 +146,14 @@ def test_spawned_workers_share_the_memory_too() -> None:
 
 def _same(batch: Any) -> Any:
     return batch
+
+
+def test_slots_made_in_inference_mode_are_freed_outside_it() -> None:
+    with torch.inference_mode():
+        pool = Slots(SHAPE, 0)
+        slot = pool.take(2)
+        images = slot.tensor()
+        assert pool.busy.sum() == 1
+    del slot, images
+    gc.collect()
+    assert pool.busy.sum() == 0

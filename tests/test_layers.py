@@ -23,11 +23,8 @@ L0 = {
     "models",
     "optim",
 }
-L0, L1, L2 = (
-    L0 | {"linear", "metrics", "neighbours", "errors"},
-    {"data"},
-    {"simclr", "callbacks", "evaluation"},
-)
+L0 |= {"errors", "heads", "linear", "metrics", "neighbour_kernels", "neighbours"}
+L1, L2 = {"data"}, {"simclr", "callbacks", "evaluation"}
 L3 = {"cli", "commands", "export", "report", "doctor", "__main__"}
 MAY_IMPORT = ((L0, L0), (L1, L0 | L1), (L2, L0 | L2), (L3, L0 | L1 | L2 | L3))
 

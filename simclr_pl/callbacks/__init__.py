@@ -1,9 +1,21 @@
 """What watches a run: online evaluation and the run's summary."""
 
+from simclr_pl.callbacks.collapse import CollapseMonitor
+from simclr_pl.callbacks.evaluation_pace import EvaluationPace
 from simclr_pl.callbacks.feature_writer import FeatureWriter
 from simclr_pl.callbacks.knn import KNNMonitor
-from simclr_pl.callbacks.loading import LoadingMonitor
 from simclr_pl.callbacks.online_probe import OnlineLinearProbe
+from simclr_pl.callbacks.pictures import Pictures
 from simclr_pl.callbacks.run_summary import RunSummary
+from simclr_pl.callbacks.throughput import ThroughputMonitor
 
-__all__ = ["FeatureWriter", "KNNMonitor", "LoadingMonitor", "OnlineLinearProbe", "RunSummary"]
+__all__ = [
+    "CollapseMonitor",
+    "EvaluationPace",
+    "FeatureWriter",
+    "KNNMonitor",
+    "OnlineLinearProbe",
+    "Pictures",
+    "RunSummary",
+    "ThroughputMonitor",
+]

@@ -1,16 +1,18 @@
 """The start-up lines, the final table and `summary.json`."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import simclr_pl
+from simclr_pl.callbacks.evaluation_pace import EvaluationPace
+from simclr_pl.callbacks.step_clock import NOTHING, Reading, StepClock, peak_memory_mib
 from simclr_pl.evaluation import Scores, encode_clean_views, score
 from simclr_pl.optim import parameter_groups
 
@@ -19,9 +21,9 @@ class RunSummary(Callback):
     """Says what is about to run, and at the end what came of it.
 
     Three encoders are scored by one rule, kNN and logistic regression on frozen features of clean views:
-    the trained one, the one at initialisation, and none at all (raw pixels). The scores, the speed
-    and the run's size go to a table on the terminal and to ``summary.json`` in the run's folder. Without
-    labelled images there are no scores.
+    the trained one, the one at initialisation, and none at all (raw pixels). The scores, the speed,
+    what the time went to (as in `ThroughputMonitor`), the peak memory and the run's size go to the
+    terminal and to ``summary.json`` in the run's folder. Without labelled images there are no scores.
 
     Args:
         baselines: score the encoder at initialisation and raw pixels before training.
@@ -30,11 +32,17 @@ class RunSummary(Callback):
     def __init__(self, baselines: bool = True) -> None:
         self.baselines = baselines
         self.scores: dict[str, float] = {}
-        self._seconds = 0.0
         self._images = 0
-        self._tick: float | None = None
+        self._clock: StepClock | None = None
+        self._before = NOTHING  # the time of the run that this one resumes
+        self._peak_mib = 0.0
         self._console = Console(highlight=False)
         self._ending: list[Any] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Sets up the clock."""
+        if stage == "fit":
+            self._clock = StepClock.of(trainer)
 
     # Start of the run.
 
@@ -62,30 +70,6 @@ class RunSummary(Callback):
             for line in lines:
                 self._console.print(line, soft_wrap=True)
 
-    # Throughput: the time inside training epochs that is not validation.
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
-        self._tick = time.perf_counter()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops the clock."""
-        self._stop_clock()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock again."""
-        if not trainer.sanity_checking:
-            self._tick = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops the clock."""
-        self._stop_clock()
-
-    def _stop_clock(self) -> None:
-        if self._tick is not None:
-            self._seconds += time.perf_counter() - self._tick
-            self._tick = None
-
     def on_train_batch_end(  # type: ignore[override]
         self,
         trainer: Trainer,
@@ -96,6 +80,11 @@ class RunSummary(Callback):
     ) -> None:
         """Counts the images of all ranks."""
         self._images += len(outputs["index"]) * trainer.world_size
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the largest of the ranks' peak memory, before the scores need some."""
+        peak = torch.tensor(peak_memory_mib(pl_module.device), device=pl_module.device)
+        self._peak_mib = max(self._peak_mib, float(trainer.strategy.reduce(peak, reduce_op="max")))
 
     # End of the run.
 
@@ -116,22 +105,35 @@ class RunSummary(Callback):
             *([_table(self.scores)] if self.scores else []),
             f"{summary['steps']:,} steps in {summary['seconds']:.1f} s, "
             f"{summary['images_per_second']:,.0f} images per second; files in {folder}",
+            "time: "
+            + ", ".join(f"{100 * share:.0f} % {name}" for name, share in summary["time"].items())
+            + f"; peak memory {summary['peak_memory_mib']:,.0f} MiB",
         ]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prints the table, below the progress bar."""
         self._say(trainer, *self._ending)
         self._ending = []
+        if self._clock is not None:
+            self._before = self._time()
+            self._clock.leave()
+            self._clock = None
+
+    def _time(self) -> Reading:
+        return self._before if self._clock is None else self._clock.read().after(self._before)
 
     def _summary(self, trainer: Trainer) -> dict[str, Any]:
         data = trainer.datamodule  # type: ignore[attr-defined]
         probe = trainer.callback_metrics.get("probe/top1")
+        time = self._time()
         return {
             **{key: round(value, 6) for key, value in sorted(self.scores.items())},
             **({"probe_top1": round(float(probe), 6)} if probe is not None else {}),
-            "images_per_second": round(self._images / max(self._seconds, 1e-9), 2),
+            "images_per_second": round(self._images / max(time.training, 1e-9), 2),
             "steps": trainer.global_step,
-            "seconds": round(self._seconds, 3),
+            "seconds": round(time.training, 3),
+            "time": {name: round(share, 4) for name, share in time.shares().items()},
+            "peak_memory_mib": round(self._peak_mib, 1),
             "global_batch_size": data.global_batch_size,
             "world_size": trainer.world_size,
             "version": simclr_pl.__version__,
@@ -139,12 +141,20 @@ class RunSummary(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Scores and clock, so that a resumed run keeps its baselines."""
-        return {"scores": self.scores, "seconds": self._seconds, "images": self._images}
+        time = self._time()
+        return {
+            "scores": self.scores,
+            "images": self._images,
+            "time": time.seconds,
+            "batches": time.batches,
+            "peak_mib": self._peak_mib,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes them up again."""
         self.scores = dict(state_dict["scores"])
-        self._seconds, self._images = state_dict["seconds"], state_dict["images"]
+        self._images, self._peak_mib = state_dict["images"], state_dict["peak_mib"]
+        self._before = Reading(dict(state_dict["time"]), state_dict["batches"])
 
 
 def _num_classes(trainer: Trainer) -> int:
@@ -177,5 +187,27 @@ def _start_lines(trainer: Trainer, pl_module: LightningModule) -> list[str]:
         f"{optimizer.param_groups[0]['initial_lr']:.4g}; {len(exempt)} tensors exempt from decay "
         f"and adaptation: {shown}{more}",
         f"global batch {data.global_batch_size} on {trainer.world_size} rank(s); "
-        f"{trainer.estimated_stepping_batches:,} steps; precision {trainer.precision}",
+        f"{trainer.estimated_stepping_batches:,} steps; precision {trainer.precision}; "
+        + _evaluation(trainer),
     ]
+
+
+def _evaluation(trainer: Trainer) -> str:
+    if not trainer.enable_validation:
+        return "not evaluated while it trains"
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    pace = next((c for c in callbacks if isinstance(c, EvaluationPace)), None)
+    if pace is not None:
+        return f"evaluated every {_epochs(pace.every_n_epochs)} and after the last step"
+    interval = getattr(trainer, "val_check_interval", None)  # Lightning leaves it out for times
+    epochs = trainer.check_val_every_n_epoch
+    if interval is None:
+        return "evaluated by the clock"
+    if epochs is None:
+        return f"evaluated every {interval} batches"
+    within = "" if interval == 1.0 else f", within it every {trainer.val_check_batch} batches"
+    return f"evaluated every {_epochs(epochs)}{within}"
+
+
+def _epochs(n: int) -> str:
+    return "epoch" if n == 1 else f"{n} epochs"

@@ -3,8 +3,6 @@
 Symbols: B images of this rank's batch, V views, C channels, S side of a view.
 """
 
-import logging
-from collections.abc import Iterable
 from threading import Timer
 from typing import Any, Literal
 
@@ -18,15 +16,14 @@ from simclr_pl.augment import Augment
 from simclr_pl.cpu import recycled
 from simclr_pl.crop_kernels import crop_rows, is_small, resize
 from simclr_pl.data.batches import Batch, BatchDataset, Loader, Views, to_tensors, with_floats
+from simclr_pl.data.labels import labelled_part
 from simclr_pl.data.resident import fits_on_device, hold
 from simclr_pl.data.sampler import EvaluationSampler, KeyedSampler
 from simclr_pl.data.sources import Images, ResidentImages, Source, as_source
+from simclr_pl.data.unreadable import note
 from simclr_pl.data.workers import cores
 from simclr_pl.errors import InputError
 from simclr_pl.image_operations import crop_resize, to_float
-from simclr_pl.keyed_random import Stream, permutation
-
-_log = logging.getLogger(__name__)
 
 
 class ContrastiveDataModule(LightningDataModule):
@@ -44,7 +41,7 @@ class ContrastiveDataModule(LightningDataModule):
         source: where the images come from, e.g. `Digits`, `CIFAR10`, `ImageFolder` or `Shards`; from
             Python also any `Dataset` with a length.
         global_batch_size: images (not views) of one step over all ranks.
-        n_views: views of each image.
+        n_views: views of each image; contrastive training needs two or more.
         n_small_views: further, smaller views of each image (multi-crop).
         augment: the augmentation; by default the source's own.
         small_augment: that of the small views; by default `Augment.small` of ``augment``.
@@ -90,7 +87,7 @@ class ContrastiveDataModule(LightningDataModule):
         self.bank_size = bank_size
         self.eval_batch_size = eval_batch_size
         self.max_bad_fraction = max_bad_fraction
-        lowest = {"global_batch_size": 1, "n_views": 2, "n_small_views": 0, "max_bad_fraction": 0}
+        lowest = {"global_batch_size": 1, "n_views": 1, "n_small_views": 0, "max_bad_fraction": 0}
         for name, least in {**lowest, "bank_size": 1, "eval_batch_size": 1}.items():
             if getattr(self, name) < least:
                 raise InputError(
@@ -127,18 +124,14 @@ class ContrastiveDataModule(LightningDataModule):
                     self._cores,
                     quiet=self._rank > 0,
                 )
-            bank = held["bank"]
-            labelled = np.flatnonzero((bank.labels >= 0) | (bank.labels.max(initial=-1) < 0))
-            order = permutation(len(labelled), self.seed, Stream.SPLIT)
-            chosen = labelled[np.sort(order[: self.bank_size])]
-            self._sets = {**held, "bank": bank if len(chosen) == len(bank) else bank.subset(chosen)}
+            self._sets = {**held, "bank": labelled_part(held["bank"], self.bank_size, self.seed)}
         if self.global_batch_size % self._world_size:
             raise InputError(
                 f"`global_batch_size` must divide by the number of ranks; got "
                 f"{self.global_batch_size} for {self._world_size} ranks. Set `data.global_batch_size` to "
                 f"{-(-self.global_batch_size // self._world_size) * self._world_size}."
             )
-        count = len(self._sets["train"])
+        count = len(self.images("train"))
         if stage == "fit" and count < self.global_batch_size:
             raise InputError(
                 f"the training set must hold at least one global batch; got {count} images for "
@@ -164,16 +157,25 @@ class ContrastiveDataModule(LightningDataModule):
         finally:
             late.cancel()
 
+    def images(self, name: str) -> Images:
+        """The open set "train", "bank" or "query". After `setup`."""
+        return self._sets[name]
+
     @property
     def num_classes(self) -> int:
         """Number of classes in the bank; 0 where nothing is labelled. After `setup`."""
-        labels = self._sets["bank"].labels
+        labels = self.images("bank").labels
         return int(labels.max()) + 1 if len(labels) else 0
+
+    @property
+    def train_is_labelled(self) -> bool:
+        """Whether any training image has a label. After `setup`."""
+        return bool((self.images("train").labels >= 0).any())
 
     def describe(self) -> str:
         """One line on the images, for the start of a run. After `setup`."""
         parts = [f"{len(images):,} {name}" for name, images in self._sets.items()]
-        train = self._sets["train"]
+        train = self.images("train")
         workers = self._workers("train")
         where = f"read by {workers} workers" if workers else "read as they are needed"
         if isinstance(train, ResidentImages):
@@ -207,7 +209,7 @@ class ContrastiveDataModule(LightningDataModule):
     def train_dataloader(self) -> Loader:
         """Global batches in the keyed order, this rank's slice of each."""
         sampler = KeyedSampler(
-            len(self._sets["train"]),
+            len(self.images("train")),
             self.global_batch_size,
             self.seed,
             self._rank,
@@ -229,12 +231,12 @@ class ContrastiveDataModule(LightningDataModule):
 
     def _clean_loader(self, name: str) -> Loader:
         sampler = EvaluationSampler(
-            len(self._sets[name]), self.eval_batch_size, self._rank, self._world_size
+            len(self.images(name)), self.eval_batch_size, self._rank, self._world_size
         )
         return self._loader(name, sampler)
 
     def _loader(self, name: str, sampler: KeyedSampler | EvaluationSampler) -> Loader:
-        images = self._sets[name]
+        images = self.images(name)
         dataset = BatchDataset(
             images,
             self._views(name),
@@ -268,7 +270,7 @@ class ContrastiveDataModule(LightningDataModule):
     def _workers(self, name: str) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        images = self._sets[name]
+        images = self.images(name)
         # Sets in memory are quick to crop; on the CPU workers would only take the model's cores.
         if self._crops_on_device(images) or (
             isinstance(images, ResidentImages) and self._device.type == "cpu"
@@ -301,7 +303,8 @@ class ContrastiveDataModule(LightningDataModule):
         Raises:
             InputError: more than ``max_bad_fraction`` of the images cannot be read.
         """
-        self._note(batch.get("unreadable", ()))
+        total = len(self.images("train")) + len(self.images("query"))
+        note(self.unreadable, batch.get("unreadable", ()), total, self.max_bad_fraction)
         result = {"label": batch["label"], "index": batch["index"]}
         groups = zip(("views", "small_views"), batch["groups"], self._views(name), strict=False)
         for key, group, views in groups:
@@ -316,7 +319,7 @@ class ContrastiveDataModule(LightningDataModule):
 
     def _crop(self, name: str, index: Tensor, crops: Tensor, size: int) -> Tensor:
         """Crops (B, V, C, S, S) of resident images; padding shows the first one."""
-        images = self._sets[name]
+        images = self.images(name)
         assert isinstance(images, ResidentImages)
         index = index.clamp(min=0)
         if index.device.type == "cpu" and is_small(size):
@@ -329,21 +332,6 @@ class ContrastiveDataModule(LightningDataModule):
         if held is None or held.device != index.device:
             held = self._on_device[key] = images.pixels.to(index.device)
         return crop_resize(held[index], crops, size)
-
-    def _note(self, unreadable: Iterable[tuple[str, str]]) -> None:
-        """Reports unreadable images, each once, and stops the run where there are too many."""
-        for name, reason in unreadable:
-            if name not in self.unreadable:
-                self.unreadable[name] = reason
-                _log.warning("cannot read %r: %s; the run goes on without it", name, reason)
-        count, total = len(self.unreadable), sum(len(self._sets[n]) for n in ("train", "query"))
-        if count > self.max_bad_fraction * total:
-            name, reason = next(reversed(self.unreadable.items()))
-            raise InputError(
-                f"at most `max_bad_fraction` {self.max_bad_fraction} of the images may be unreadable; "
-                f"got {count} of {total:,}, last {name!r}: {reason}. `simclr data check` lists them; "
-                "repair or remove them, or set `data.max_bad_fraction`."
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """What was reported, so that a resumed run does not repeat it."""

@@ -40,8 +40,10 @@ class Slots:
         count = max(1, workers) * _IN_FLIGHT
         # A process that fills its own slots takes plain memory: some containers share little.
         self.room = _shared if workers else _plain
-        self.memory = self.room((count, *shape))
-        self.busy = _shared((count,)).zero_()
+        # Loaders made within `Trainer.validate` outlive its inference mode, and so do the flags.
+        with torch.inference_mode(False):
+            self.memory = self.room((count, *shape))
+            self.busy = _shared((count,)).zero_()
         self.number = next(_numbers)
         _pools[self.number] = self
 

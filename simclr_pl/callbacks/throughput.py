@@ -1,0 +1,201 @@
+"""How fast training is, where its time goes, and which images could not be read.
+
+Symbols: B images of this rank, V views, n rows of one size of views (V*B).
+"""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from simclr_pl.callbacks.step_clock import NOTHING, Reading, StepClock, peak_memory_mib
+from simclr_pl.distributed import is_distributed, world_size
+from simclr_pl.errors import InputError
+
+_log = logging.getLogger(__name__)
+
+_WINDOW = 50  # batches between two looks at the waiting
+_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}
+
+
+class ThroughputMonitor(Callback):
+    """Speed, the split of the time, memory, and the images that could not be read.
+
+    Logs every ``log_every_n_steps`` steps, of the time since it last did: ``throughput/data``
+    (waiting for batches and their transfer), ``/augment`` (the stage on the device), ``/compute``
+    (forward, backward, optimiser), ``/monitors`` (callbacks and evaluation) and ``/other``
+    (checkpoints, the progress bar, the loop itself), in [0, 1], which add to 1;
+    ``throughput/images_per_second`` of all ranks and ``throughput/step_ms``, both without evaluation;
+    ``throughput/peak_memory_mib`` so far, on a GPU what was allocated there, else the resident memory of
+    the process; ``throughput/gflops``, 10^9 operations per second of the encoder and the projector on
+    this rank, the backward pass counted as two forwards; on a known GPU also
+    ``throughput/flop_utilisation``, the share of its peak in that precision.
+
+    On a GPU the times are those of its own queue, so only the waiting in which it stood idle counts. If
+    more than ``warn_above`` of 50 batches' time went to waiting for the loader, one warning says what to
+    do; an epoch's first batch, which may start workers, and evaluation are left out there.
+
+    Logs ``data/unreadable`` after each epoch, the number of images that could not be read so far on all
+    ranks, and lists them in ``unreadable.tsv`` in the run's folder.
+
+    Args:
+        warn_above: share of the time, in [0, 1].
+
+    Raises:
+        InputError: ``warn_above`` outside [0, 1].
+    """
+
+    def __init__(self, warn_above: float = 0.2) -> None:
+        if not 0 <= warn_above <= 1:
+            raise InputError(
+                f"`warn_above` must be within [0, 1]; got {warn_above}. Set `throughput.warn_above`."
+            )
+        self.warn_above = warn_above
+        self._warned = False
+        self._clock: StepClock | None = None
+        self._logged, self._watched = NOTHING, NOTHING
+        self._logged_step, self._seen = -1, 0
+        self._flops: float | None = None  # of one batch on this rank
+        self._peak_flops: float | None = None  # of the device, per second
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Sets up the clock."""
+        if stage == "fit":
+            self._clock = StepClock.of(trainer)
+            self._logged, self._watched = NOTHING, NOTHING
+            self._logged_step, self._seen, self._flops = -1, 0, None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Removes the clock."""
+        if self._clock is not None:
+            self._clock.leave()
+            self._clock = None
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts the operations of a batch, once."""
+        if self._flops is None:
+            self._flops = batch_flops(trainer, pl_module, batch)
+            self._peak_flops = _peak_flops(trainer)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Logs, and looks whether training waits, when it is time."""
+        assert self._clock is not None
+        self._seen += 1
+        if self._seen % _WINDOW == 0 and not self._warned:
+            self._watch(trainer, self._clock.read())
+        step, every = trainer.global_step, int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if every and step % every == 0 and step != self._logged_step:
+            self._logged_step = step
+            now = self._clock.read()
+            window, self._logged = now.since(self._logged), now
+            if window.batches:
+                images = len(outputs["index"]) * world_size()
+                self._log(pl_module, window, images)
+
+    def _log(self, pl_module: LightningModule, window: Reading, images: int) -> None:
+        rate = window.batches / window.training  # batches per second
+        values = {**window.shares(), "step_ms": 1000 / rate}
+        values["peak_memory_mib"] = peak_memory_mib(pl_module.device)
+        if self._flops:
+            values["gflops"] = self._flops * rate / 1e9
+            if self._peak_flops:
+                values["flop_utilisation"] = self._flops * rate / self._peak_flops
+        pl_module.log_dict({f"throughput/{name}": value for name, value in values.items()})
+        pl_module.log("throughput/images_per_second", images * rate, prog_bar=True)
+
+    def _watch(self, trainer: Trainer, now: Reading) -> None:
+        window, self._watched = now.since(self._watched), now
+        seconds = window.seconds
+        share = seconds["wait"] / max(window.training - seconds["start"], 1e-12)
+        if window.batches and share > self.warn_above:
+            self._warned = True
+            _log.warning(_advice(trainer, share, window.batches))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Brings together what the ranks could not read."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if is_distributed():
+            found: list[dict[str, str]] = [{} for _ in range(world_size())]
+            dist.all_gather_object(found, data.unreadable)
+            for other in found:
+                data.unreadable.update(other)
+        pl_module.log("data/unreadable", float(len(data.unreadable)))
+        folder = trainer.log_dir  # collective
+        if data.unreadable and folder and trainer.is_global_zero:
+            lines = (f"{name}\t{reason}\n" for name, reason in sorted(data.unreadable.items()))
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            Path(folder, "unreadable.tsv").write_text("".join(lines), encoding="utf-8")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether it has warned, so that a resumed run does not repeat it."""
+        return {"warned": self._warned}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes it up again."""
+        self._warned = state_dict["warned"]
+
+
+def batch_flops(trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> float:
+    """Floating-point operations of one training step on this rank: encoder and projector.
+
+    One row of each size of views is encoded and counted, a multiply-add as two; a backward pass takes
+    twice a forward (Kaplan et al., arXiv:2001.08361, section 2.1). Recomputation by ``encode_chunk`` and
+    the loss are left out. Modes, statistics and torch's random state stay as they are.
+
+    Args:
+        trainer: whose precision is used.
+        pl_module: a `SimCLR`.
+        batch: ``views`` (n, C, S, S), and where there are, ``small_views``.
+    """
+    device = pl_module.device
+    modes = [(module, module.training) for module in pl_module.modules()]
+    projector = cast(nn.Module, pl_module.projector)
+    total = 0.0
+    pl_module.eval()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for name in batch.keys() & {"views", "small_views"}:
+                counter = FlopCounterMode(display=False)
+                with torch.no_grad(), trainer.precision_plugin.forward_context(), counter:
+                    projector(pl_module(batch[name][:1]))
+                total += 3.0 * counter.get_total_flops() * len(batch[name])
+    finally:
+        for module, training in modes:
+            module.training = training
+    return total
+
+
+def _peak_flops(trainer: Trainer) -> float | None:
+    device = trainer.strategy.root_device
+    dtype = _DTYPES.get(str(trainer.precision).split("-")[0])
+    if device.type != "cuda" or dtype is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of devices that Lightning does not know
+        return get_available_flops(device, dtype)
+
+
+def _advice(trainer: Trainer, share: float, batches: int) -> str:
+    workers = getattr(trainer.train_dataloader, "num_workers", 0)
+    return (
+        f"training waited for data in {share:.0%} of the last {batches} batches' time. What helps: "
+        "images decoded at a smaller size (`simclr data pack SRC OUT`, then `--data.source Shards "
+        f"--data.source.root OUT`); more workers (`data.num_workers`, now {workers}; at most the "
+        "cores of this machine); a set that fits in memory there (`data.resident`)."
+    )

@@ -1,0 +1,1 @@
+"""The commands on trained encoders: what `simclr linear | knn | finetune | distill | embed` call."""

@@ -1,0 +1,299 @@
+"""What a command is given: an encoder, the data that it is to see, and a trainer to run it.
+
+Symbols: B images of a batch on one rank, C channels, E feature width, S side of a view.
+"""
+
+import copy
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from torch import nn
+
+from simclr_pl.augment import Augment
+from simclr_pl.commands.recipes import build_model, read_checkpoint, recipe_of, run_of
+from simclr_pl.data import ContrastiveDataModule, Source
+from simclr_pl.data.commands import source_of
+from simclr_pl.errors import InputError
+from simclr_pl.models import Encoder
+from simclr_pl.simclr import SimCLR
+
+_LIBRARIES = ("timm", "torchvision")
+
+
+@dataclass
+class Subject:
+    """An encoder that a command works on.
+
+    Attributes:
+        name: what the user called it.
+        encoder: maps images (n, C, S, S) to features (n, E), with an integer ``num_features``, E.
+        build: makes the same architecture anew, randomly initialised: the encoder and, if the
+            checkpoint has one, the projector.
+        projector: maps features (n, E) to projections; None for an encoder by name.
+        checkpoint: the file it came from.
+        run: the folder of the run that trained it.
+        config: the run's config.yaml.
+        step: optimiser steps that it was trained for.
+        normalisation: mean and standard deviation that published weights expect.
+    """
+
+    name: str
+    encoder: nn.Module
+    build: Callable[[], tuple[nn.Module, nn.Module | None]]
+    projector: nn.Module | None = None
+    checkpoint: Path | None = None
+    run: Path | None = None
+    config: dict[str, Any] | None = None
+    step: int = 0
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    def fresh(self) -> nn.Module:
+        """The same architecture at initialisation, with the seed 0."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self.build()[0]
+
+    @property
+    def num_features(self) -> int:
+        """The feature width E."""
+        return int(self.encoder.num_features)  # type: ignore[arg-type]
+
+
+def load_subject(what: str, pretrained: bool = False, in_channels: int = 3) -> Subject:
+    """Loads what a command was given.
+
+    Args:
+        what: a checkpoint of `simclr fit`, the folder of a run (its last checkpoint is taken), or the
+            name of a model of timm or torchvision.
+        pretrained: for a name, load the published weights.
+        in_channels: for a name, channels of the images, C.
+
+    Raises:
+        InputError: there is no such thing, or the checkpoint does not say how its model is built.
+    """
+    path = Path(what)
+    if path.is_dir():
+        found = [f for f in (path / "checkpoints/last.ckpt", path / "last.ckpt") if f.is_file()]
+        if not found:
+            raise InputError(
+                f"a run's folder must hold checkpoints/last.ckpt; got {what!r} without. Give the "
+                "checkpoint's file."
+            )
+        path = found[0]
+    if path.is_file():
+        return _from_checkpoint(what, path)
+    is_name = what.split("/")[0] in _LIBRARIES or "/" not in what
+    if path.suffix in (".ckpt", ".pt", ".pth") or not is_name or os.sep in what.partition("/")[2]:
+        raise InputError(
+            f"a checkpoint or a run's folder must exist; got {what!r}. Check the path."
+        )
+    return _by_name(what, pretrained, in_channels)
+
+
+def _from_checkpoint(name: str, path: Path) -> Subject:
+    content = read_checkpoint(path)
+    run = run_of(path)
+    config = None if run is None else yaml.safe_load((run / "config.yaml").read_text())
+    recipe = recipe_of(path, content.get("hyper_parameters", {}), config)
+    module = build_model(path, recipe)
+    module.on_load_checkpoint(content)  # an InputError where the weights are of another model
+    module.load_state_dict(content["state_dict"])
+
+    def build() -> tuple[nn.Module, nn.Module | None]:
+        other = build_model(path, recipe)
+        return other.encoder, other.projector
+
+    return Subject(
+        name=name,
+        encoder=module.encoder,
+        build=build,
+        projector=module.projector,
+        checkpoint=path,
+        run=run,
+        config=config,
+        step=int(content.get("global_step", 0)),
+    )
+
+
+def _by_name(name: str, pretrained: bool, in_channels: int) -> Subject:
+    def build() -> tuple[nn.Module, None]:
+        return Encoder(name, in_channels=in_channels), None
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            encoder = Encoder(name, in_channels=in_channels, pretrained=pretrained)
+        except InputError as error:
+            raise InputError(
+                f"{name!r} is no checkpoint and no run's folder, and as an encoder: {error}"
+            ) from error
+    normalisation = None
+    if pretrained:  # torchvision's weights expect ImageNet's
+        published = getattr(encoder.model, "pretrained_cfg", {})
+        plain = Augment()
+        normalisation = (
+            tuple(published.get("mean", plain.mean)),
+            tuple(published.get("std", plain.std)),
+        )
+    return Subject(name=name, encoder=encoder, build=build, normalisation=normalisation)
+
+
+# The data.
+
+
+def data_for(
+    subject: Subject,
+    dataset: str | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    num_workers: int | None = None,
+    bank_size: int | None = None,
+    size: int | None = None,
+    source: Source | None = None,
+    augment: Augment | None = None,
+    **options: Any,
+) -> ContrastiveDataModule:
+    """The data that an encoder is to see: clean views as those of its run.
+
+    Args:
+        subject: the encoder.
+        dataset: a folder of images, a packed folder, a YAML config or the name of a source; by default
+            that of the encoder's run.
+        seed: of the order, the views, and the choice of ``bank_size`` images.
+        batch_size: B, images of an evaluation batch on each rank.
+        num_workers: loader processes of each rank; see `ContrastiveDataModule`.
+        bank_size: labelled training images to take; by default all.
+        size: S, side of a view in pixels; by default that of the run, or of the source's default.
+        source: the source itself, in place of ``dataset``.
+        augment: of training views, in place of the run's; its clean views must be `clean_views`'s.
+        options: of `ContrastiveDataModule`.
+
+    Raises:
+        InputError: there is no data set, or its channels do not fit the encoder.
+    """
+    source = source or source_for(subject, dataset)
+    channels = _channels(subject.encoder)
+    if channels is not None and channels != source.channels:
+        remedy = "`grey: true`" if channels == 1 else "`grey: false`"
+        raise InputError(
+            f"the images must have the channels of the encoder; got {source.channels} for "
+            f"{channels}. Give a YAML config as `dataset`, e.g. with {remedy} for an ImageFolder under "
+            "`data.source.init_args`."
+        )
+    return ContrastiveDataModule(
+        source,
+        augment=augment or clean_views(subject, source, size),
+        seed=seed,
+        eval_batch_size=batch_size,
+        num_workers=num_workers,
+        bank_size=sys.maxsize if bank_size is None else bank_size,
+        **options,
+    )
+
+
+def source_for(subject: Subject, dataset: str | None) -> Source:
+    """The source that ``dataset`` means; by default that of the encoder's run.
+
+    Raises:
+        InputError: there is none.
+    """
+    if dataset is not None:
+        return source_of(dataset)
+    if subject.run is None:
+        raise InputError(
+            f"a data set must be given for {subject.name!r}, which has no run's config.yaml beside "
+            "it. Set `--dataset` to a folder of images or the name of a source."
+        )
+    return source_of(str(subject.run / "config.yaml"))
+
+
+def clean_views(subject: Subject, source: Source, size: int | None = None) -> Augment:
+    """The augmentation whose clean views an encoder is to see: size, normalisation and cut.
+
+    It is that of the run, also where the images are others; for an encoder by name the source's default.
+
+    Args:
+        subject: the encoder.
+        source: of the images.
+        size: side of a view in pixels, in place of that.
+
+    Raises:
+        InputError: ``size`` < 2.
+    """
+    if size is not None and size < 2:
+        raise InputError(f"`size` must be >= 2; got {size}. Set `--size`.")
+    augment = copy.copy(_augment_of_run(subject) or source.default_augment())
+    augment.size = size or augment.size
+    if subject.normalisation is not None:
+        augment.mean, augment.std = subject.normalisation
+    return augment
+
+
+def _augment_of_run(subject: Subject) -> Augment | None:
+    if subject.config is None or subject.run is None:
+        return None
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--augment", type=Augment | None)
+    given = subject.config.get("data", {}).get("augment")
+    augment: Augment | None = parser.instantiate(parser.parse_object({"augment": given})).augment
+    return augment or source_of(str(subject.run / "config.yaml")).default_augment()
+
+
+def channels_of(dataset: str | None) -> int:
+    """Channels of the images of a data set, C; 3 where none is given."""
+    return 3 if dataset is None else source_of(dataset).channels
+
+
+def frozen(encoder: nn.Module) -> SimCLR:
+    """An encoder as a module whose validation and prediction steps give features."""
+    return SimCLR(encoder, nn.Identity())
+
+
+def _channels(encoder: nn.Module) -> int | None:
+    """C, of the first convolution; None where there is none."""
+    convs = (module for module in encoder.modules() if isinstance(module, nn.Conv2d))
+    return next((conv.in_channels for conv in convs), None)
+
+
+# The trainer.
+
+
+def trainer_for(
+    devices: int | str = "auto",
+    accelerator: str = "auto",
+    precision: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
+) -> Trainer:
+    """A trainer with a progress bar that writes nothing, unless ``options`` ask for it.
+
+    Args:
+        devices: how many, or "auto"; with several, each runs a process of its own.
+        accelerator: "cpu", "gpu" or "auto".
+        precision: e.g. "bf16-mixed"; by default float32.
+        callbacks: further ones.
+        options: of the Trainer.
+    """
+    defaults: dict[str, Any] = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # the data module's own samplers know the ranks
+    }
+    return Trainer(
+        devices=devices,
+        accelerator=accelerator,
+        precision=precision,  # type: ignore[arg-type]
+        callbacks=[RichProgressBar(), *callbacks],
+        **{**defaults, **options},
+    )
