@@ -58,7 +58,7 @@ def test_it_prints_a_table_and_writes_scores_and_a_checkpoint(
     assert "last.finetune.ckpt" in printed
     assert (values["labels"], values["query"], values["epochs"]) == (68, 450, 2)
     for suffix in ("", "_random"):
-        low, high = values[f"top1{suffix}_interval"]
+        low, high = values[f"top1_interval{suffix}"]
         assert 0 <= low <= values[f"top1{suffix}"] <= high <= 1
         assert values[f"top1{suffix}"] <= values[f"top5{suffix}"]
 

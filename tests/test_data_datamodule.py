@@ -734,6 +734,14 @@ def test_num_classes_counts_up_to_the_largest_label_and_is_0_without_any(
     assert data.num_classes == classes
 
 
+def test_classes_that_the_bank_does_not_show_are_counted() -> None:
+    images = TensorDataset(torch.zeros(20, 3, 8, 8, dtype=torch.uint8))
+    data = ContrastiveDataModule(DatasetSource(images, labels=[*range(20)]), 4, bank_size=1)
+    data.setup()
+    assert len(data.images("bank")) == 1
+    assert data.num_classes == 20
+
+
 def test_where_no_image_is_labelled_the_bank_holds_all_without_labels() -> None:
     images = TensorDataset(torch.zeros(20, 3, 8, 8, dtype=torch.uint8))
     data = ContrastiveDataModule(

@@ -200,7 +200,7 @@ def scores_values(suffix: str, accuracy: Accuracy) -> dict[str, Any]:
     return {
         f"top1{suffix}": accuracy.top1,
         f"top5{suffix}": accuracy.top5,
-        f"top1{suffix}_interval": interval(accuracy.top1, accuracy.total),
+        f"top1_interval{suffix}": interval(accuracy.top1, accuracy.total),
     }
 
 

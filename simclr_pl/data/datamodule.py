@@ -163,9 +163,9 @@ class ContrastiveDataModule(LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes in the bank; 0 where nothing is labelled. After `setup`."""
-        labels = self.images("bank").labels
-        return int(labels.max()) + 1 if len(labels) else 0
+        """Number of classes of all three sets; 0 where the bank has no label. After `setup`."""
+        highest = {n: int(images.labels.max(initial=-1)) for n, images in self._sets.items()}
+        return max(highest.values()) + 1 if highest["bank"] >= 0 else 0
 
     @property
     def train_is_labelled(self) -> bool:
