@@ -14,7 +14,6 @@ from simclr_pl.errors import InputError
 from simclr_pl.evaluation.finetune import even_batch
 from simclr_pl.evaluation.linear import LinearResult, Share, hold_out
 from simclr_pl.heads import LinearHeads
-from simclr_pl.metrics import wilson_interval
 from simclr_pl.optim import warmup_cosine
 
 Batch = dict[str, Tensor]
@@ -149,15 +148,11 @@ class LinearOnCrops(LightningModule):
             best = max(range(len(accuracy)), key=accuracy.__getitem__)
             top1, top5, total = (int(n) for n in query[best])
             self.results[name] = LinearResult(
-                _share(top1, total),
-                _share(top5, total) if self._classes > 5 else None,
+                Share.of(top1, total),
+                Share.of(top5, total) if self._classes > 5 else None,
                 self.options[best],
                 [{**o, "held_out": a} for o, a in zip(self.options, accuracy, strict=True)],
                 len(self._held),
                 int(held[best][2]),
                 total,
             )
-
-
-def _share(hits: int, total: int) -> Share:
-    return Share(hits / total, *wilson_interval(hits, total))

@@ -42,6 +42,11 @@ class Share(NamedTuple):
     low: float
     high: float
 
+    @classmethod
+    def of(cls, hits: int, total: int) -> "Share":
+        """The share that ``hits`` are of ``total``."""
+        return cls(hits / total, *wilson_interval(hits, total))
+
 
 class LinearResult(NamedTuple):
     """What the protocol found; the same on every rank.
@@ -142,7 +147,7 @@ def linear_protocol(
     accuracy = [h / len(held) for h in hits[:, 0].tolist()]
     chosen = options[int(np.argmax(accuracy))]
     final = fit(np.arange(deal.total), [chosen])
-    top1, top5 = (_share(int(h), queries) for h in _hits(final, xq, query.labels)[0])
+    top1, top5 = (Share.of(int(h), queries) for h in _hits(final, xq, query.labels)[0])
     return LinearResult(
         top1,
         top5 if num_classes > 5 else None,
@@ -218,10 +223,6 @@ def _hits(logits: _Logits, features: Tensor, labels: Tensor) -> Tensor:
             right = answers.topk(min(5, answers.shape[-1])).indices == y[:, None]  # (G, r, 5)
             hits.append(torch.stack([right[..., 0].sum(1), right.sum((1, 2))], 1))
     return all_reduce_sum(torch.stack(hits).sum(0))
-
-
-def _share(hits: int, total: int) -> Share:
-    return Share(hits / total, *wilson_interval(hits, total))
 
 
 def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[], None]:
