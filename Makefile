@@ -5,10 +5,10 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format bench bench-loss bench-batch bench-data bench-knn clean
+.PHONY: help setup run test check format bench bench-loss bench-batch bench-data bench-knn bench-monitors clean
 
 help: ## List the commands.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 16
 
 setup: $(VENV)/.installed ## Make the environment in .venv, if it is missing or out of date.
 
@@ -36,7 +36,7 @@ format: setup ## Format the code.
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format .
 
-bench: bench-loss bench-batch bench-data bench-knn ## Measure against peers; prints ratios.
+bench: bench-loss bench-batch bench-data bench-knn bench-monitors ## Measure against peers; prints ratios.
 
 bench-loss: $(VENV)/.bench ## The loss: time on one and two threads, memory.
 	@$(BIN)/python benchmarks/loss.py
@@ -53,11 +53,15 @@ bench-knn: $(VENV)/.bench ## kNN: time on one and two threads, memory of two ran
 
 PHOTOGRAPHS ?= data/imagenet-sample
 SMALL_IMAGES ?= data/cifar10/train
+CIFAR ?= data/cifar10
 
 bench-data: $(VENV)/.bench ## Views against the peers; PHOTOGRAPHS= and SMALL_IMAGES= name folders of images.
 	@$(BIN)/python benchmarks/views.py --imagenet $(PHOTOGRAPHS) --cifar10 $(SMALL_IMAGES)
 	@$(BIN)/python benchmarks/views.py --imagenet $(PHOTOGRAPHS) --loader
 	@$(BIN)/python benchmarks/views.py --imagenet $(PHOTOGRAPHS) --memory
+
+bench-monitors: setup ## Monitors against the offline protocols on CIFAR-10; CIFAR= names its folder.
+	@$(BIN)/python benchmarks/monitors.py --images $(CIFAR)
 
 $(VENV)/.bench: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -76,7 +76,10 @@ if __name__ == "__main__":
         Trainer(
             max_steps=given.steps,
             precision="bf16-mixed" if on_gpu else "32-true",
-            callbacks=[ThroughputMonitor(), Clock(given.batch, min(10, given.steps // 2))],
+            callbacks=[
+                ThroughputMonitor(every_n_steps=1),
+                Clock(given.batch, min(10, given.steps // 2)),
+            ],
             limit_val_batches=0,
             log_every_n_steps=1,
             num_sanity_val_steps=0,

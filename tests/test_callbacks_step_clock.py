@@ -206,7 +206,7 @@ def test_the_users_profiler_hears_everything_and_is_given_back() -> None:
     alone, under = SimpleProfiler(), SimpleProfiler()
     trainers = [
         tiny_fit([], profiler=alone),
-        tiny_fit([ThroughputMonitor(), RunSummary(baselines=False)], profiler=under),
+        tiny_fit([ThroughputMonitor(every_n_steps=1), RunSummary(baselines=False)], profiler=under),
     ]
     assert trainers[1].profiler is under
     for action in ("run_training_epoch", "run_training_batch"):
@@ -221,7 +221,7 @@ def test_monitor_and_summary_share_one_clock() -> None:
             self.clock = trainer.profiler
 
     looks = Looks()
-    trainer = tiny_fit([ThroughputMonitor(), RunSummary(baselines=False), looks])
+    trainer = tiny_fit([ThroughputMonitor(every_n_steps=1), RunSummary(baselines=False), looks])
     assert isinstance(looks.clock, StepClock)
     assert isinstance(looks.clock.inner, PassThroughProfiler)
     assert isinstance(trainer.profiler, PassThroughProfiler)

@@ -61,7 +61,7 @@ def fit(image_seconds: float, callback_seconds: float, steps: int, **options: An
         resident="none",
     )
     trainer = tiny_trainer(
-        [Busy(callback_seconds), ThroughputMonitor(**options)],
+        [Busy(callback_seconds), ThroughputMonitor(every_n_steps=1, **options)],
         max_steps=steps,
         max_epochs=-1,
         limit_train_batches=1.0,
@@ -75,7 +75,7 @@ def fit(image_seconds: float, callback_seconds: float, steps: int, **options: An
 
 def rows_of(folder: Path, **options: Any) -> list[dict[str, str]]:
     logger = CSVLogger(folder, name="run", version=0)
-    tiny_fit([ThroughputMonitor()], logger=logger, **options)
+    tiny_fit([ThroughputMonitor(every_n_steps=1)], logger=logger, **options)
     with open(folder / "run/version_0/metrics.csv") as file:
         rows = list(csv.DictReader(file))
     return [row for row in rows if row.get("throughput/step_ms")]
@@ -192,14 +192,25 @@ def test_a_resumed_run_does_not_warn_again(messages: list[str]) -> None:
     assert len(messages) == 1
 
 
+def test_it_logs_at_logging_steps_that_are_far_enough_apart(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="run", version=0)
+    options: dict[str, Any] = {"max_epochs": 3, "limit_train_batches": 6, "log_every_n_steps": 2}
+    tiny_fit([ThroughputMonitor(every_n_steps=5)], logger=logger, **options)
+    with open(tmp_path / "run/version_0/metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["throughput/data"]]
+    assert [int(row["step"]) for row in rows] == [5, 11, 17]
+
+
 def test_a_bound_outside_0_to_1_raises_input_error() -> None:
     with pytest.raises(InputError, match=r"within \[0, 1\]; got 1.5. Set `throughput.warn_above`"):
         ThroughputMonitor(1.5)
+    with pytest.raises(InputError, match="`every_n_steps` must be >= 1; got 0"):
+        ThroughputMonitor(every_n_steps=0)
 
 
 def test_the_monitor_leaves_the_weights_bit_identical() -> None:
     models = []
-    for callbacks in ([], [ThroughputMonitor()]):
+    for callbacks in ([], [ThroughputMonitor(every_n_steps=1)]):
         trainer = tiny_trainer(callbacks)
         trainer.fit(tiny_model(), datamodule=tiny_data())
         models.append(weights(trainer.lightning_module))
@@ -233,7 +244,7 @@ def fit_damaged(root: str, folder: str) -> Any:
     )
     world_size = torch.distributed.get_world_size()
     trainer = tiny_trainer(
-        [ThroughputMonitor()],
+        [ThroughputMonitor(every_n_steps=1)],
         devices=world_size,
         strategy="ddp" if world_size > 1 else "auto",
         max_epochs=3,

@@ -26,7 +26,7 @@ from simclr_pl.data import Digits
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUICK = ["--config", str(CONFIGS / "quickstart.yaml"), "--model.encoder.width", "4"]
 SHORT = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "3"]
-SHORT += ["--trainer.log_every_n_steps", "1"]
+SHORT += ["--trainer.log_every_n_steps", "1", "--throughput.every_n_steps", "1"]
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.check_val_every_n_epoch", "1"]
 
 

@@ -28,7 +28,8 @@ _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}
 class ThroughputMonitor(Callback):
     """Speed, the split of the time, memory, and the images that could not be read.
 
-    Logs every ``log_every_n_steps`` steps, of the time since it last did: ``throughput/data``
+    Logs at the trainer's logging steps that are ``every_n_steps`` or more apart, of the time since it
+    last did: ``throughput/data``
     (waiting for batches and their transfer), ``/augment`` (the stage on the device), ``/compute``
     (forward, backward, optimiser), ``/monitors`` (callbacks and evaluation) and ``/other``
     (checkpoints, the progress bar, the loop itself), in [0, 1], which add to 1;
@@ -47,21 +48,26 @@ class ThroughputMonitor(Callback):
 
     Args:
         warn_above: share of the time, in [0, 1].
+        every_n_steps: steps from one logging to the next, at least.
 
     Raises:
-        InputError: ``warn_above`` outside [0, 1].
+        InputError: ``warn_above`` outside [0, 1], or ``every_n_steps`` < 1.
     """
 
-    def __init__(self, warn_above: float = 0.2) -> None:
+    def __init__(self, warn_above: float = 0.2, every_n_steps: int = 50) -> None:
         if not 0 <= warn_above <= 1:
             raise InputError(
                 f"`warn_above` must be within [0, 1]; got {warn_above}. Set `throughput.warn_above`."
             )
-        self.warn_above = warn_above
+        if every_n_steps < 1:
+            raise InputError(
+                f"`every_n_steps` must be >= 1; got {every_n_steps}. Set `throughput.every_n_steps`."
+            )
+        self.warn_above, self.every_n_steps = warn_above, every_n_steps
         self._warned = False
         self._clock: StepClock | None = None
         self._logged, self._watched = NOTHING, NOTHING
-        self._logged_step, self._seen = -1, 0
+        self._logged_step, self._seen = 0, 0
         self._flops: float | None = None  # of one batch on this rank
         self._peak_flops: float | None = None  # of the device, per second
 
@@ -70,7 +76,8 @@ class ThroughputMonitor(Callback):
         if stage == "fit":
             self._clock = StepClock.of(trainer)
             self._logged, self._watched = NOTHING, NOTHING
-            self._logged_step, self._seen, self._flops = -1, 0, None
+            self._seen, self._flops = 0, None
+            self._logged_step = trainer.global_step
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Removes the clock."""
@@ -100,7 +107,7 @@ class ThroughputMonitor(Callback):
         if self._seen % _WINDOW == 0 and not self._warned:
             self._watch(trainer, self._clock.read())
         step, every = trainer.global_step, int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if every and step % every == 0 and step != self._logged_step:
+        if every and step % every == 0 and step - self._logged_step >= self.every_n_steps:
             self._logged_step = step
             now = self._clock.read()
             window, self._logged = now.since(self._logged), now
