@@ -194,11 +194,11 @@ def test_a_resumed_run_does_not_warn_again(messages: list[str]) -> None:
 
 def test_it_logs_at_logging_steps_that_are_far_enough_apart(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="run", version=0)
-    options: dict[str, Any] = {"max_epochs": 3, "limit_train_batches": 6, "log_every_n_steps": 2}
+    options: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 20, "log_every_n_steps": 2}
     tiny_fit([ThroughputMonitor(every_n_steps=5)], logger=logger, **options)
     with open(tmp_path / "run/version_0/metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["throughput/data"]]
-    assert [int(row["step"]) for row in rows] == [5, 11, 17]
+    assert [int(row["step"]) for row in rows] == [5, 11, 17]  # each value once
 
 
 def test_a_bound_outside_0_to_1_raises_input_error() -> None:

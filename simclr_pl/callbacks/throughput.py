@@ -113,9 +113,11 @@ class ThroughputMonitor(Callback):
             window, self._logged = now.since(self._logged), now
             if window.batches:
                 images = len(outputs["index"]) * world_size()
-                self._log(pl_module, window, images)
+                self._log(trainer, pl_module, window, images)
 
-    def _log(self, pl_module: LightningModule, window: Reading, images: int) -> None:
+    def _log(
+        self, trainer: Trainer, pl_module: LightningModule, window: Reading, images: int
+    ) -> None:
         rate = window.batches / window.training  # batches per second
         values = {**window.shares(), "step_ms": 1000 / rate}
         values["peak_memory_mib"] = peak_memory_mib(pl_module.device)
@@ -123,8 +125,15 @@ class ThroughputMonitor(Callback):
             values["gflops"] = self._flops * rate / 1e9
             if self._peak_flops:
                 values["flop_utilisation"] = self._flops * rate / self._peak_flops
-        pl_module.log_dict({f"throughput/{name}": value for name, value in values.items()})
-        pl_module.log("throughput/images_per_second", images * rate, prog_bar=True)
+        values = {f"throughput/{name}": value for name, value in values.items()}
+        speed = {"throughput/images_per_second": images * rate}
+        # Lightning would log the values again at every logging step until the epoch ends.
+        pl_module.log_dict(values, logger=False)
+        pl_module.log_dict(speed, logger=False, prog_bar=True)
+        if trainer.is_global_zero:
+            step = trainer.global_step - 1  # from 0, as Lightning numbers train/loss
+            for logger in trainer.loggers:
+                logger.log_metrics({**values, **speed, "epoch": trainer.current_epoch}, step)
 
     def _watch(self, trainer: Trainer, now: Reading) -> None:
         window, self._watched = now.since(self._watched), now
