@@ -4,29 +4,49 @@ import logging
 import sys
 import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, auto_cli
+from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from simclr_pl.callbacks import (
     CollapseMonitor,
     EvaluationPace,
+    ExactCheckpoint,
     FeatureWriter,
+    FiniteGuard,
     KNNMonitor,
     OnlineLinearProbe,
     Pictures,
+    Preemption,
     RunSummary,
     ThroughputMonitor,
+    Watchdog,
 )
+from simclr_pl.checkpoint_io import SafeCheckpointIO
 from simclr_pl.data import ContrastiveDataModule
 from simclr_pl.errors import InputError
+from simclr_pl.run_folder import Resumed, find_resumed, loggers_of
+from simclr_pl.saved_config import SaveMaskedConfig
 from simclr_pl.simclr import SimCLR
+from simclr_pl.strategies import FullySharded
 
 Tracker = Literal["wandb", "wandb-offline", "tensorboard"]
+
+# After every epoch, evaluated or not; the newest two, so that damage to one costs an epoch at most.
+# A step that is done again is the same to the bit: its file takes the place of the one that is there.
+_CHECKPOINTS = {
+    "monitor": "step",
+    "mode": "max",
+    "save_top_k": 2,
+    "save_last": "link",
+    "save_on_train_epoch_end": True,
+    "enable_version_counter": False,
+}
 
 _MONITORS: dict[str, tuple[type[Callback], dict[str, Any], str]] = {
     "probe": (OnlineLinearProbe, {}, "Online linear probe; null for none."),
@@ -39,11 +59,18 @@ _MONITORS: dict[str, tuple[type[Callback], dict[str, Any], str]] = {
         "Speed, split of the time, memory, unreadable images; null for none.",
     ),
     "summary": (RunSummary, {}, "Scores and speed in summary.json; null for none."),
+    "finite": (FiniteGuard, {}, "Leaves out updates that are not finite; null for none."),
     "checkpoint": (
-        ModelCheckpoint,
-        {"save_last": "link", "save_on_train_epoch_end": True},  # every epoch, evaluated or not
+        ExactCheckpoint,
+        _CHECKPOINTS,
         "When checkpoints are written, into the run's folder; null for never.",
     ),
+    "preemption": (
+        Preemption,
+        {},
+        "SIGTERM and SIGUSR1 save, stop and exit with 85; null for Lightning's handlers.",
+    ),
+    "watchdog": (Watchdog, {}, "Ends a run that hangs or has lost a rank with 75; null for none."),
 }
 
 _TRAINER_DEFAULTS = {
@@ -58,6 +85,11 @@ _TRAINER_DEFAULTS = {
 _PACE = (
     "Evaluate every n epochs. By default as often as keeps it within 1 % of the encoder's work, and "
     "after the last step; null with trainer.val_check_interval a number of batches: every so many."
+)
+
+_RESUME = (
+    "Go on with a run in its folder, as if it had not stopped: a checkpoint's file, or auto for the "
+    "newest valid one of <trainer.default_root_dir>/<name>/; where there is none, auto starts a run."
 )
 
 # Commands beside LightningCLI's, imported when they are called: a function, or several by name, whose
@@ -79,6 +111,7 @@ _NOISE = (
     ".*dirpath has changed from.*",  # a resumed run writes into a folder of its own
     ".*callbacks used to create the checkpoint need to be provided.*",  # some only watch training
     ".*Experiment logs directory .* exists and is not empty.*",
+    "FSDP2-wrapped module .* returned a view.*",  # nothing here writes into features
 )
 
 
@@ -115,6 +148,7 @@ class SimCLRCLI(LightningCLI):
         super().__init__(
             SimCLR,
             ContrastiveDataModule,
+            save_config_callback=SaveMaskedConfig,
             trainer_defaults=_TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
             parser_class=_Parser,
@@ -154,6 +188,14 @@ class SimCLRCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
 
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument("--resume", type=str | None, default=None, help=_RESUME)
+        return parser
+
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration as given.
 
@@ -163,10 +205,33 @@ class SimCLRCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """As LightningCLI's, by jsonargparse's present name for it."""
+        self._resumed = self._find_resumed()
         self.config_init = self.parser.instantiate(self.config)
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
         self.trainer = self.instantiate_trainer()
+        if self._resumed is not None:
+            self.config_init[self.subcommand]["ckpt_path"] = str(self._resumed.checkpoint)
+
+    def _find_resumed(self) -> Resumed | None:
+        """The run that this one goes on with."""
+        resume = self._get(self.config, "resume") if self.subcommand == "fit" else None
+        if resume is None:
+            return None
+        options = (self._get(self.config, "checkpoint") or {}).get("init_args") or {}
+        taken = self._get(self.config, "ckpt_path") or options.get("dirpath")
+        if taken is not None:
+            raise InputError(
+                f"`resume` goes on in the run's own folder; got {taken!r} for `ckpt_path` or "
+                "`checkpoint.dirpath`. Leave out `resume` or these."
+            )
+        self.config[self.subcommand]["resume"] = None  # the saved configuration is of the whole run
+        root = Path(self._get(self.config, "trainer")["default_root_dir"])
+        resumed = find_resumed(resume, root / self._get(self.config, "name"))
+        if resumed is not None:
+            self.save_config_kwargs = {**self.save_config_kwargs, "overwrite": True}
+            warnings.filterwarnings("ignore", ".*Checkpoint directory .* is not empty.*")
+        return resumed
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the monitors, the summary, the progress bar and the loggers to the trainer's own."""
@@ -184,8 +249,15 @@ class SimCLRCLI(LightningCLI):
             callbacks.insert(0, _ProgressBar())  # first to close: what follows prints below it
         config["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in [*own, *callbacks])
         callbacks = [*self._pace(config), *callbacks]
+        plugins = config["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            config["plugins"] = [*plugins, SafeCheckpointIO()]
         config["callbacks"] = own
-        config["logger"] = self._loggers(config)
+        if config["strategy"] == "fsdp":
+            config["strategy"] = FullySharded()
+        name, track = (self._get(self.config_init, key) for key in ("name", "track"))
+        config["logger"] = loggers_of(config, name, track, self._resumed)
         return self._instantiate_trainer(config, callbacks)
 
     def _pace(self, config: dict[str, Any]) -> list[Callback]:
@@ -200,21 +272,6 @@ class SimCLRCLI(LightningCLI):
         # Until the pace is known: not 1, which EarlyStopping takes for "at the end of every epoch".
         config["check_val_every_n_epoch"] = 2
         return [EvaluationPace()]
-
-    def _loggers(self, config: dict[str, Any]) -> list[Logger]:
-        name = self._get(self.config_init, "name")
-        csv = CSVLogger(config["default_root_dir"], name=name)
-        given = config["logger"]
-        if given is None or isinstance(given, bool):
-            given = []
-        loggers = [csv, *(given if isinstance(given, list) else [given])]
-        for tracker in self._get(self.config_init, "track"):
-            if tracker == "tensorboard":
-                loggers.append(TensorBoardLogger(csv.root_dir, name="", version=csv.version))
-            else:
-                offline = tracker == "wandb-offline"
-                loggers.append(WandbLogger(project=name, save_dir=csv.log_dir, offline=offline))
-        return loggers
 
 
 def main(args: ArgsType = None) -> None:

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
@@ -27,7 +29,8 @@ class LARS(Optimizer):
         w <- w - v
 
     The buffer includes the learning rate (the authors' "classic momentum"); You et al. (2017,
-    arXiv:1708.03888) write the same. Groups with ``adapt=False`` use ratio 1.
+    arXiv:1708.03888) write the same. Groups with ``adapt=False`` use ratio 1. The norms are those of
+    whole tensors, also where each rank has but a part of each (torch's `fully_shard`).
 
     Args:
         params: parameters or groups; `parameter_groups` makes the groups of the paper.
@@ -89,12 +92,18 @@ class LARS(Optimizer):
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         if not params:
             return
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        grads = [p.grad for p in params if p.grad is not None]
+        mesh = params[0].device_mesh if isinstance(params[0], DTensor) else None
+        buffers = _parts(self.state[p]["momentum_buffer"] for p in params)
+        grads = _parts(p.grad for p in params if p.grad is not None)
+        params = _parts(params)
         steps = torch._foreach_add(grads, params, alpha=group["weight_decay"])
         if group["adapt"]:
-            w_norm = torch.stack(torch._foreach_norm(params))  # type: ignore[arg-type]
-            g_norm = torch.stack(torch._foreach_norm(steps))
+            norms = torch.stack(torch._foreach_norm([*params, *steps]))  # type: ignore[arg-type]
+            if mesh is not None:
+                norms = norms.square()
+                dist.all_reduce(norms, group=mesh.get_group())
+                norms = norms.sqrt()
+            w_norm, g_norm = norms.view(2, -1)
             usable = (w_norm > 0) & (g_norm > 0)
             ratio = group["trust_coefficient"] * w_norm / g_norm
             ratio = torch.where(usable, ratio, torch.ones_like(ratio)) * group["lr"]
@@ -106,6 +115,11 @@ class LARS(Optimizer):
         torch._foreach_sub_(params, buffers if not group["nesterov"] else steps)
         if group["nesterov"]:
             torch._foreach_sub_(params, torch._foreach_mul(buffers, group["momentum"]))
+
+
+def _parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What this rank has of each tensor: all of it, unless it is sharded."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[dict[str, Any]], list[str]]:

@@ -3,6 +3,7 @@
 Symbols: B images on this rank, V views, E feature width, D projection width, h features, z projections.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +20,8 @@ from simclr_pl.keyed_random import Stream, keys
 from simclr_pl.losses import NTXentLoss, Statistics
 from simclr_pl.models import Projector, feature_width
 from simclr_pl.optim import LARS, LRScaling, lr_factor, parameter_groups, warmup_cosine
+from simclr_pl.secrets import masked, plain
+from simclr_pl.strategies import check_strategy, ranks_to_share, shard
 
 Batch = dict[str, Tensor]
 
@@ -41,13 +44,15 @@ class SimCLR(LightningModule):
             sqrt(batch), or "none".
         warmup_epochs: epochs of linear warm-up; a cosine to 0 follows, step by step.
         seed: fixes dropout and the like; a step's random numbers depend on (seed, step, rank) alone.
+        batch_norm_ranks: ranks that share the statistics of batch norm, in groups of so many; by default
+            each has its own. For all ranks set `trainer.sync_batchnorm` to true instead.
 
     Attributes:
         num_features: the feature width E.
 
     Raises:
-        InputError: temperature <= 0, warmup_epochs < 0, encode_chunk < 1, or the encoder's output is no
-            feature vector.
+        InputError: temperature <= 0, warmup_epochs < 0, encode_chunk < 1, batch_norm_ranks < 1, or the
+            encoder's output is no feature vector.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class SimCLR(LightningModule):
         lr_scaling: LRScaling = "linear",
         warmup_epochs: float = 10.0,
         seed: int = 0,
+        batch_norm_ranks: int = 1,
     ) -> None:
         super().__init__()
         if warmup_epochs < 0:
@@ -71,12 +77,21 @@ class SimCLR(LightningModule):
             raise InputError(
                 f"`encode_chunk` must be >= 1; got {encode_chunk}. Set `model.encode_chunk`, or null."
             )
+        if batch_norm_ranks < 1:
+            raise InputError(
+                f"`batch_norm_ranks` must be >= 1; got {batch_norm_ranks}. Set "
+                "`model.batch_norm_ranks`."
+            )
         # From the command line the hyper-parameters are its plain values, class paths included. From
         # Python the objects among the arguments would be pickled into every checkpoint: leave them.
         from_python = _given_hyperparameters.get() is None
         self.save_hyperparameters(
             ignore=["encoder", "projector", "loss", "optimizer"] if from_python else []
         )
+        # What trackers and checkpoints get, which a checkpoint that runs nothing can hold
+        parameters = masked(plain(dict(self.hparams)))
+        self._set_hparams(parameters)
+        self._hparams_initial = copy.deepcopy(self.hparams)
         self.encoder = encoder.to(memory_format=torch.channels_last)  # quicker on CPU and GPU
         self.num_features = feature_width(encoder)
         self.projector = (
@@ -88,12 +103,14 @@ class SimCLR(LightningModule):
         self.lr_scaling = lr_scaling
         self.warmup_epochs = warmup_epochs
         self.seed = seed
+        self.batch_norm_ranks = batch_norm_ranks
 
     def setup(self, stage: str) -> None:
-        """Checks that there are pairs to learn from.
+        """Checks that there are pairs to learn from; lets ranks share the statistics of batch norm.
 
         Raises:
-            InputError: the data module gives one view of each image.
+            InputError: the data module gives one view of each image; the strategy or `batch_norm_ranks`
+                does not fit.
         """
         views = getattr(getattr(self.trainer, "datamodule", None), "n_views", 2)
         if stage == "fit" and views < 2:
@@ -101,6 +118,27 @@ class SimCLR(LightningModule):
                 f"contrastive training needs >= 2 views of each image; got {views}. Set "
                 "`data.n_views`."
             )
+        check_strategy(self.trainer)
+        if stage == "fit" and (ranks := ranks_to_share(self.trainer, self.batch_norm_ranks)) > 1:
+            from simclr_pl.batch_norm import share_batch_norm
+
+            share_batch_norm(self, ranks, self.trainer.strategy.root_device)
+
+    def configure_model(self) -> None:
+        """Shards the weights under the strategy `FullySharded`.
+
+        Raises:
+            InputError: the temperature is learnable, and a single number cannot be sharded.
+        """
+        if self.device_mesh is None:
+            return
+        if any(p.requires_grad for p in self.loss.parameters()):
+            raise InputError(
+                "what is sharded must have rows; got a learnable temperature. Set `trainer.strategy` to "
+                "ddp, or `model.loss.learnable` to false."
+            )
+        for part in (self.encoder, self.projector):
+            shard(part, self.device_mesh["data_parallel"])
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps images (n, C, H, W) to features (n, E), what downstream tasks use."""
@@ -216,6 +254,20 @@ class SimCLR(LightningModule):
                 "`global_batch_size`. Set `model.lr_scaling` to none, or use ContrastiveDataModule."
             )
         return batch * self.trainer.accumulate_grad_batches
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> "SimCLR":
+        """Lightning's, which runs nothing that the file holds (its own would, for addresses).
+
+        Raises:
+            InputError: ``weights_only`` is False.
+        """
+        if options.setdefault("weights_only", True) is not True:
+            raise InputError(
+                "`weights_only` must be true, or a checkpoint could run any code; got "
+                f"{options['weights_only']}. Leave `weights_only` out."
+            )
+        return super().load_from_checkpoint(checkpoint_path, *args, **options)  # type: ignore[return-value]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is of this model.

@@ -1,8 +1,9 @@
-"""Runs a function on several real ranks: processes of one gloo group on this machine."""
+"""Runs a function on several real ranks of this machine: of one gloo group, or yet to form it."""
 
 import io
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable
@@ -51,6 +52,38 @@ def on_ranks(
             process.join()
 
 
+def processes_of(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: int = 120
+) -> list[Any]:
+    """Starts ``function(*args)`` in processes whose environment makes them ranks, for what may end them.
+
+    Returns:
+        The processes, in rank order, as `multiprocessing` has them: ``pid``, ``join``, ``exitcode``,
+        which is negative where a signal was the end. SIGALRM ends those that run for ``timeout``
+        seconds; one that is stopped must be killed by the caller.
+    """
+    port, processes = _free_port(), []
+    for rank in range(world_size):
+        given = (rank, world_size, port, os.getcwd(), timeout, function, args)
+        processes.append(_context.Process(target=_run, args=given))  # may have loader workers
+        processes[-1].start()
+    return processes
+
+
+def _run(
+    rank: int,
+    world_size: int,
+    port: int,
+    folder: str,
+    timeout: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    signal.alarm(timeout)
+    _become_rank(rank, world_size, port, folder)
+    function(*args)
+
+
 def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
@@ -77,6 +110,18 @@ def _main(
     function: Any,
     args: tuple[Any, ...],
 ) -> None:
+    _become_rank(rank, world_size, port, folder)
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+        payload = io.BytesIO()
+        torch.save(function(*args), payload)
+        pipe.send((None, payload.getvalue()))
+        dist.destroy_process_group()
+    except BaseException:
+        pipe.send((traceback.format_exc(), None))
+
+
+def _become_rank(rank: int, world_size: int, port: int, folder: str) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
@@ -87,14 +132,6 @@ def _main(
     )
     os.chdir(folder)
     torch.set_num_threads(1)
-    try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size)
-        payload = io.BytesIO()
-        torch.save(function(*args), payload)
-        pipe.send((None, payload.getvalue()))
-        dist.destroy_process_group()
-    except BaseException:
-        pipe.send((traceback.format_exc(), None))
 
 
 def _free_port() -> int:

@@ -11,7 +11,8 @@ from trained import digits_run
 
 from simclr_pl import InputError
 from simclr_pl.commands.encoders import load_subject
-from simclr_pl.commands.results import percent, publish, result_file, table_of, wandb_run
+from simclr_pl.commands.results import percent, publish, result_file, table_of
+from simclr_pl.run_folder import wandb_run
 
 
 def test_the_file_lies_beside_the_checkpoint_or_where_it_is_asked_for(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from simclr_pl.cli import SimCLRCLI
 
-CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").rglob("*.yaml"))
+CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.yaml"))
 
 
 class Built(SimCLRCLI):

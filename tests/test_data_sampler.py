@@ -78,6 +78,18 @@ def test_iterating_again_without_set_epoch_repeats_the_epoch() -> None:
     assert [d.positions.tolist() for d in sampler] == first
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_epoch_goes_on_at_any_step_with_its_length_unchanged(world: int) -> None:
+    for rank in range(world):
+        sampler = KeyedSampler(33, 4, 7, rank, world)
+        sampler.set_epoch(3)
+        whole = [(d.epoch, d.step, d.positions.tolist()) for d in sampler]
+        for sampler.first_step in range(9):
+            rest = [(d.epoch, d.step, d.positions.tolist()) for d in sampler]
+            assert rest == whole[sampler.first_step :]
+            assert len(sampler) == len(whole) == 8
+
+
 @pytest.mark.parametrize("sampler", [KeyedSampler(9, 4, 0, 1, 2), EvaluationSampler(9, 4, 1, 2)])
 def test_samplers_are_distributed_samplers_so_that_lightning_keeps_them(sampler: object) -> None:
     assert isinstance(sampler, DistributedSampler)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -243,6 +244,23 @@ def test_a_store_needs_a_cache() -> None:
 def test_the_other_format_is_one_clear_error(roots: tuple[Path, Path]) -> None:
     with pytest.raises(InputError, match=r"got 'arrow' in .* Use `Shards`"):
         StreamedShards(str(roots[0])).open()
+
+
+@pytest.mark.parametrize("key", ["fingerprint", "name"])
+def test_an_index_that_leads_out_of_the_cache_writes_nothing_there(
+    key: str, roots: tuple[Path, Path], tmp_path: Path
+) -> None:
+    root, cache = tmp_path / "set", tmp_path / "a/b/cache"
+    shutil.copytree(roots[1], root)
+    index = json.loads((root / "index.json").read_text())
+    if key == "fingerprint":
+        index[key] = "../../evil"
+    else:
+        index["splits"]["../../evil"] = index["splits"].pop("query")
+    (root / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"must lie in its folder; got '\.\./\.\./evil"):
+        StreamedShards(str(root), str(cache)).open()
+    assert not list(tmp_path.rglob("evil*"))
 
 
 def test_a_missing_chunk_is_one_clear_error(tmp_path: Path) -> None:

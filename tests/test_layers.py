@@ -9,6 +9,7 @@ from pathlib import Path
 import simclr_pl
 
 L0 = {
+    "batch_norm",
     "distributed",
     "keyed_random",
     "chunks",
@@ -23,9 +24,10 @@ L0 = {
     "models",
     "optim",
 }
-L0 |= {"errors", "heads", "linear", "metrics", "neighbour_kernels", "neighbours"}
-L1, L2 = {"data"}, {"simclr", "callbacks", "evaluation"}
-L3 = {"cli", "commands", "export", "report", "doctor", "__main__"}
+L0 |= {"errors", "heads", "linear", "metrics", "neighbour_kernels", "neighbours", "secrets"}
+L1, L2 = {"data"}, {"simclr", "callbacks", "checkpoint_io", "evaluation", "strategies"}
+L3 = {"cli", "commands", "export", "report", "doctor", "run_folder", "saved_config"}
+L3 |= {"__main__"}
 MAY_IMPORT = ((L0, L0), (L1, L0 | L1), (L2, L0 | L2), (L3, L0 | L1 | L2 | L3))
 
 

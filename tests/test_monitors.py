@@ -38,7 +38,7 @@ def monitors() -> list[Callback]:
 
 
 def keep_all(cls: type[Callback]) -> dict[str, Any]:
-    return {"save_top_k": -1} if cls is ModelCheckpoint else {}
+    return {"save_top_k": -1} if issubclass(cls, ModelCheckpoint) else {}
 
 
 def fit(

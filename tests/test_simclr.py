@@ -197,6 +197,7 @@ def test_checkpoint_holds_plain_values_and_loads_with_weights_only(tmp_path: Pat
         "lr_scaling": "none",
         "warmup_epochs": 0,
         "seed": 0,
+        "batch_norm_ranks": 1,
     }
     loaded = SimCLR.load_from_checkpoint(
         tmp_path / "a.ckpt",

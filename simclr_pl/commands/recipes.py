@@ -1,11 +1,18 @@
 """The model of a checkpoint, built anew from the recipe that `simclr fit` leaves in it."""
 
 import copy
+import inspect
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from jsonargparse import ArgumentParser
+from torch import nn
+from torch.optim import Optimizer
 
 from simclr_pl.errors import InputError
 from simclr_pl.simclr import SimCLR
@@ -74,12 +81,14 @@ def build_model(path: Path, recipe: dict[str, Any]) -> SimCLR:
         recipe: from `recipe_of`.
 
     Raises:
-        InputError: its classes cannot be imported, or do not take its arguments.
+        InputError: its classes cannot be imported, do not take its arguments, or are no parts of a model.
     """
+    _refuse_foreign(path, recipe)  # before parsing, which imports what is named
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SimCLR, "model", fail_untyped=False)
     try:
         config = parser.parse_object({"model": recipe})
+        _refuse_foreign(path, config.as_dict())  # parsing makes mappings of strings that spell them
         module: SimCLR = parser.instantiate(config).model
     except InputError:
         raise
@@ -91,3 +100,54 @@ def build_model(path: Path, recipe: dict[str, Any]) -> SimCLR:
         ) from error
     module.encoder.num_features = module.num_features  # type: ignore[assignment]
     return module
+
+
+def _refuse_foreign(path: Path, recipe: dict[str, Any]) -> None:
+    """Lets only parts of models through: jsonargparse would call any function that a recipe names.
+
+    Raises:
+        InputError: it names another class, or a function that is not said to return such a part.
+    """
+    for name in _strings(recipe):
+        named = _named_by(name)
+        if callable(named) and not _makes_part(named):
+            raise InputError(
+                f"a checkpoint's recipe must name modules and optimisers alone; got {name!r} in "
+                f"{str(path)!r}. Do not trust this file."
+            )
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _named_by(name: str) -> Any:
+    """The object of a dotted name, as jsonargparse would find it; None for other words."""
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", name) or find_spec(name.split(".")[0]) is None:
+        return None
+    words = name.split(".")
+    for n in range(len(words) - 1, 0, -1):
+        try:
+            found: Any = import_module(".".join(words[:n]))
+        except ImportError:
+            continue
+        for word in words[n:]:
+            found = getattr(found, word, None)
+        return found
+    return None
+
+
+def _makes_part(named: Any) -> bool:
+    if not isinstance(named, type):
+        try:
+            named = get_type_hints(named).get("return")
+        except (TypeError, NameError):
+            return False
+    return inspect.isclass(named) and issubclass(named, (nn.Module, Optimizer))

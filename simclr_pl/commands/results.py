@@ -16,6 +16,7 @@ from simclr_pl.commands.comparison import Compared
 from simclr_pl.commands.encoders import Subject
 from simclr_pl.distributed import all_reduce_sum
 from simclr_pl.errors import InputError
+from simclr_pl.run_folder import wandb_run
 
 
 def table_of(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -125,14 +126,6 @@ def _logger(tracker: Tracker, subject: Subject) -> Logger:
         id=wandb_run(folder),
         resume="allow",
     )
-
-
-def wandb_run(folder: Path) -> str | None:
-    """The id of the last run that wandb wrote into a run's folder; None where there is none."""
-    files = folder.glob("wandb/*run-*/run-*.wandb")
-    # the folders' names hold the time: <"run" or "offline-run">-<date>_<time>-<id>
-    last = max(files, key=lambda file: file.parent.name.partition("run-")[2], default=None)
-    return None if last is None else last.stem.removeprefix("run-")
 
 
 def _plain(name: str) -> str:

@@ -4,7 +4,7 @@ Symbols: B images of this rank's batch, V views, C channels, S side of a view.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -220,17 +220,23 @@ def to_tensors(value: Any) -> Any:
 
 
 class Loader(DataLoader[Batch]):
-    """A DataLoader of whole batches that knows how long it was waited for.
+    """A DataLoader of whole batches that knows where to start and how long it was waited for.
+
+    Its iterator starts with the first batch that is asked for: Lightning makes it before the checkpoint
+    that it resumes from is read.
 
     Args:
         dataset: maps a `Draw` to a batch.
+        first_step: says how many steps of the epoch are done; of training only.
         options: of the DataLoader; ``sampler`` yields the draws. Lightning copies loaders by these.
 
     Attributes:
         seconds_waited: for batches so far, in the process that asked.
     """
 
-    def __init__(self, dataset: BatchDataset, **options: Any) -> None:
+    def __init__(
+        self, dataset: BatchDataset, first_step: Callable[[], int] | None = None, **options: Any
+    ) -> None:
         defaults = {
             "batch_size": None,  # the sampler yields whole batches
             "pin_memory": torch.cuda.is_available(),
@@ -239,6 +245,7 @@ class Loader(DataLoader[Batch]):
             "collate_fn": _as_it_is,
         }
         super().__init__(dataset, **{**defaults, **options})
+        self.first_step = first_step
         self.seconds_waited = 0.0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -247,6 +254,9 @@ class Loader(DataLoader[Batch]):
         Raises:
             InputError: of the user's, from whatever process.
         """
+        if self.first_step is not None:
+            assert isinstance(self.sampler, KeyedSampler)
+            self.sampler.first_step = self.first_step()
         batches = super().__iter__()
         while True:
             begin = time.perf_counter()
@@ -257,6 +267,16 @@ class Loader(DataLoader[Batch]):
             if "error" in batch:
                 raise InputError(batch["error"])
             yield batch
+
+    # Lightning takes a loader for resumable if it has these two. The position is the trainer's own
+    # progress: what Lightning keeps of a loader's state it gives back too late, or not at all.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes nothing up."""
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -3,6 +3,7 @@
 Symbols: B images of this rank's batch, V views, C channels, S side of a view.
 """
 
+from collections.abc import Callable
 from threading import Timer
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from simclr_pl.cpu import recycled
 from simclr_pl.crop_kernels import crop_rows, is_small, resize
 from simclr_pl.data.batches import Batch, BatchDataset, Loader, Views, to_tensors, with_floats
 from simclr_pl.data.labels import labelled_part
+from simclr_pl.data.position import check_order, next_position, steps_done
 from simclr_pl.data.resident import fits_on_device, hold
 from simclr_pl.data.sampler import EvaluationSampler, KeyedSampler
 from simclr_pl.data.sources import Images, ResidentImages, Source, as_source
@@ -215,7 +217,7 @@ class ContrastiveDataModule(LightningDataModule):
             self._rank,
             self._world_size,
         )
-        return self._loader("train", sampler)
+        return self._loader("train", sampler, lambda: steps_done(self.trainer))
 
     def val_dataloader(self) -> list[Loader]:
         """The clean views of the bank and of the query images."""
@@ -235,7 +237,12 @@ class ContrastiveDataModule(LightningDataModule):
         )
         return self._loader(name, sampler)
 
-    def _loader(self, name: str, sampler: KeyedSampler | EvaluationSampler) -> Loader:
+    def _loader(
+        self,
+        name: str,
+        sampler: KeyedSampler | EvaluationSampler,
+        first_step: Callable[[], int] | None = None,
+    ) -> Loader:
         images = self.images(name)
         dataset = BatchDataset(
             images,
@@ -247,7 +254,7 @@ class ContrastiveDataModule(LightningDataModule):
         )
         workers = self._workers(name)
         dataset.make_room(sampler.batch_size, workers)
-        return Loader(dataset, sampler=sampler, num_workers=workers)
+        return Loader(dataset, first_step, sampler=sampler, num_workers=workers)
 
     def _views(self, name: str) -> list[Views]:
         if name != "train":
@@ -333,10 +340,30 @@ class ContrastiveDataModule(LightningDataModule):
             held = self._on_device[key] = images.pixels.to(index.device)
         return crop_resize(held[index], crops, size)
 
+    # Checkpoints.
+
     def state_dict(self) -> dict[str, Any]:
-        """What was reported, so that a resumed run does not repeat it."""
-        return {"unreadable": dict(self.unreadable)}
+        """The place in the order of the images, and what was reported, not to be repeated."""
+        reported = {"unreadable": dict(self.unreadable)}
+        if self.trainer is None:
+            return reported
+        return {**reported, "order": self._order, **next_position(self.trainer)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes it up again."""
+        """Takes it up again.
+
+        Raises:
+            InputError: the checkpoint is of the middle of an epoch that has another order here.
+        """
         self.unreadable.update(state_dict["unreadable"])
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            check_order(state_dict, self._order)
+
+    @property
+    def _order(self) -> dict[str, int]:
+        """What fixes the global batches of an epoch, whatever the number of ranks."""
+        return {
+            "images": len(self.images("train")),
+            "global_batch_size": self.global_batch_size,
+            "seed": self.seed,
+        }

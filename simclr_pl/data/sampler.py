@@ -46,6 +46,10 @@ class KeyedSampler(_OwnSampler):
         seed: of the run.
         rank: this rank.
         world_size: W.
+
+    Attributes:
+        first_step: where the next iteration starts, for an epoch that is resumed in its middle. The
+            length stays that of the whole epoch.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class KeyedSampler(_OwnSampler):
         super().__init__(rank, world_size)
         self.count, self.global_batch_size, self.seed = count, global_batch_size, seed
         self.batch_size = global_batch_size // world_size
+        self.first_step = 0
 
     def __len__(self) -> int:
         """Steps of an epoch."""
@@ -61,7 +66,7 @@ class KeyedSampler(_OwnSampler):
 
     def __iter__(self) -> Iterator[Draw]:
         order = permutation(self.count, self.seed, Stream.ORDER, self.epoch)
-        for step in range(len(self)):
+        for step in range(self.first_step, len(self)):
             start = step * self.global_batch_size + self.rank * self.batch_size
             yield Draw(self.epoch, order[start : start + self.batch_size], step)
 

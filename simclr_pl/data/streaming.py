@@ -82,8 +82,8 @@ class StreamedShards(Source):
             store = _Store(self.root, str(private), self.storage_options)
             index = load_index(Path(store.fetch(INDEX)).parent)
             shutil.rmtree(private)
-            cache = Path(self.cache_dir) / index["fingerprint"][:16]
-            store = _Store(self.root, str(cache), self.storage_options)
+            cache = _within(self.cache_dir, index["fingerprint"][:16])
+            store = _Store(self.root, cache, self.storage_options)
         else:
             index = load_index(Path(self.root))
         if index["format"] != "litdata":
@@ -106,6 +106,21 @@ class StreamedShards(Source):
         return StoredImages(ChunkReader(store, shards, self.channels, self.max_pixels), labels)
 
 
+def _within(folder: str, name: str) -> str:
+    """The path of a name that an index gives, in a folder of ours.
+
+    Raises:
+        InputError: it leads out of the folder.
+    """
+    path = os.path.join(folder, name)
+    if os.path.relpath(path, folder).startswith(os.pardir):
+        raise InputError(
+            f"the files of a packed set must lie in its folder; got {name!r} from its index. Do not "
+            "trust this set."
+        )
+    return path
+
+
 class _Store:
     """Files of the set, each fetched when it is first asked for."""
 
@@ -120,9 +135,9 @@ class _Store:
         """The local path of a file.
 
         Raises:
-            InputError: it cannot be fetched.
+            InputError: it cannot be fetched, or the index names one outside of the set.
         """
-        local = os.path.join(self.local, name)
+        local = _within(self.local, name)
         if self.local == self.root or os.path.exists(local):
             return local
         from filelock import FileLock
