@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format bench bench-loss bench-batch bench-data bench-knn bench-monitors clean
+.PHONY: help setup run test check format bench bench-loss bench-batch bench-data bench-knn bench-monitors bench-survival soak clean
 
 help: ## List the commands.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 16
@@ -27,6 +27,10 @@ run: setup ## Train on the embedded digits and print a table (about a minute).
 test: setup ## Run the whole test suite.
 	@$(BIN)/python -m pytest
 
+soak: setup ## 100 faults, 200 kills within saves, 100 signals (about half an hour); SIMCLR_TEST_SEED= another order.
+	@SIMCLR_TEST_FAULTS=100 SIMCLR_TEST_KILLS=200 SIMCLR_TEST_SIGNALS=100 $(BIN)/python -m pytest -s \
+		tests/test_soak.py tests/test_checkpoint_io.py tests/test_callbacks_preemption.py -k "faults or kills or signal"
+
 check: setup ## Format, lint and types, as CI does.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -36,7 +40,7 @@ format: setup ## Format the code.
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format .
 
-bench: bench-loss bench-batch bench-data bench-knn bench-monitors ## Measure against peers; prints ratios.
+bench: bench-loss bench-batch bench-data bench-knn bench-monitors bench-survival ## Measure against peers; prints ratios.
 
 bench-loss: $(VENV)/.bench ## The loss: time on one and two threads, memory.
 	@$(BIN)/python benchmarks/loss.py
@@ -62,6 +66,9 @@ bench-data: $(VENV)/.bench ## Views against the peers; PHOTOGRAPHS= and SMALL_IM
 
 bench-monitors: setup ## Monitors against the offline protocols on CIFAR-10; CIFAR= names its folder.
 	@$(BIN)/python benchmarks/monitors.py --images $(CIFAR)
+
+bench-survival: setup ## What checkpoints, watchdog, preemption and guard cost in a step.
+	@$(BIN)/python -W ignore benchmarks/survival.py
 
 $(VENV)/.bench: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

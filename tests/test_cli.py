@@ -170,7 +170,7 @@ def test_evaluation_is_as_often_as_given_or_else_at_its_own_pace(
 
 def test_a_run_at_its_own_pace_is_evaluated_and_checkpointed_and_keeps_null(tmp_path: Path) -> None:
     epochs = ["--trainer.check_val_every_n_epoch", "null", "--trainer.max_epochs", "3"]
-    every = ["--checkpoint.init_args.save_top_k", "-1"]
+    every = ["--checkpoint.save_top_k", "-1", "--checkpoint.every_n_epochs", "1"]
     folder = fit(tmp_path, *epochs, *every)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["trainer"]["check_val_every_n_epoch"] is None

@@ -261,7 +261,15 @@ def test_no_checkpoint_falls_between_accumulated_batches(tmp_path: Path) -> None
     daily = ExactCheckpoint(tmp_path, train_time_interval=timedelta(days=1))
     options = {"accumulate_grad_batches": 2, "limit_val_batches": 0, "num_sanity_val_steps": 0}
     tiny_fit([DueAtTheThirdBatch(), daily], enable_checkpointing=True, **options)
-    assert saved == [4]
+    assert saved == [4, 8]  # and the end
+
+
+@pytest.mark.parametrize("end", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 7}])
+def test_the_last_step_of_a_run_is_always_saved(end: dict[str, int], tmp_path: Path) -> None:
+    rarely = ExactCheckpoint(tmp_path, save_last="link", every_n_train_steps=3)
+    tiny_fit([rarely], enable_checkpointing=True, limit_val_batches=0, **end)
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert content["global_step"] == end.get("max_steps", 8)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")

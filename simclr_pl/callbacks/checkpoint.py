@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loops.utilities import _is_max_limit_reached
 
 from simclr_pl.checkpoint_io import SafeModelCheckpoint
 
@@ -14,7 +15,8 @@ class ExactCheckpoint(SafeModelCheckpoint):
     A checkpoint that is due after a step is written when all that belongs to the step is done: where a
     validation follows, after it; at the last batch of an epoch, in ``on_train_epoch_end``. (Lightning
     2.6 writes it before, and the resumed run leaves out that validation and the epoch's end.) None falls
-    between the batches of one accumulated step, whose gradients a checkpoint does not hold.
+    between the batches of one accumulated step, whose gradients a checkpoint does not hold. The last
+    step of a run is always due.
 
     A run that is resumed at an epoch's end starts the next epoch, with ``max_steps``, too. (Lightning
     would go on with the finished epoch: run its end again, or a batch and a validation too many.)
@@ -55,7 +57,7 @@ class ExactCheckpoint(SafeModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves what was put off to here, or is due here."""
-        if self._is_due:
+        if self._is_due or (_is_over(trainer) and not self._should_skip_saving_checkpoint(trainer)):
             self._save_both(trainer)
         super().on_train_epoch_end(trainer, pl_module)
 
@@ -97,3 +99,14 @@ def step_goes_on(trainer: Trainer) -> bool:
     fetcher = trainer.fit_loop._data_fetcher
     assert fetcher is not None
     return loop._num_ready_batches_reached() or loop._should_check_val_fx(fetcher)
+
+
+def _is_over(trainer: Trainer) -> bool:
+    """Whether no epoch follows; in ``on_train_epoch_end``."""
+    loop = trainer.fit_loop  # whose own `done` would say so to the user, too
+    epochs: Any = loop.epoch_progress.current
+    return (
+        trainer.should_stop
+        or _is_max_limit_reached(loop.epoch_loop.global_step, loop.max_steps)
+        or _is_max_limit_reached(epochs.processed, loop.max_epochs or -1)
+    )

@@ -81,6 +81,7 @@ class Watchdog(Callback):
         """Begins to watch for hangs."""
         self._progress(trainer)
         self._allowed = self.first_timeout
+        self._arm(self.first_timeout)  # the thread may look a while later
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -155,11 +156,7 @@ class Watchdog(Callback):
                 left = self._since + allowed - time.monotonic()
                 if left <= 0:
                     self._end(LOST, f"rank {self._rank} has done no step for {allowed:g} s")
-                self._head(
-                    "stuck in code that holds Python's lock"
-                )  # unless this thread wakes again
-                later = left + min(_MARGIN, self.timeout)
-                faulthandler.dump_traceback_later(later, file=self._file, exit=True)
+                self._arm(left)
                 seconds = min(pace, left)
             if self._peers is None:
                 self._wake.poll(seconds)
@@ -167,6 +164,12 @@ class Watchdog(Callback):
                 end = self._peers.wait(self._wake, seconds)
                 if end is not None and (end[0] == LOST or not self._wake.poll(_PATIENCE)):
                     self._end(*end)
+
+    def _arm(self, left: float) -> None:
+        """Has the process end by itself should the thread never wake again."""
+        self._head("stuck in code that holds Python's lock")
+        later = left + min(_MARGIN, self.timeout)
+        faulthandler.dump_traceback_later(later, file=self._file, exit=True)
 
     def _say(self, reason: str, file: int) -> None:
         os.write(file, f"rank {self._rank}, {self._step} steps done: {reason}\n".encode())

@@ -8,6 +8,8 @@ from threading import Thread
 
 import cv2
 
+_SECONDS_TO_SAVE = 60  # for the step that is under way, and its checkpoint
+
 
 def cores() -> int:
     """Cores that this process may use."""
@@ -27,6 +29,10 @@ def settle(_: int) -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
     # An interrupt from the keyboard reaches the workers, too: the parent ends them, else it waits 5 s.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # So do a scheduler's signals, whose batches are needed until the parent has saved. The parent itself
+    # says SIGTERM to a worker that does not answer: so it counts, but later.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_TO_SAVE))
     Thread(target=_leave_with_parent, daemon=True).start()
 
 
