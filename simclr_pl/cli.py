@@ -101,6 +101,7 @@ _VERBS: dict[str, tuple[str, str]] = {
     "finetune": ("simclr_pl.commands.finetune:finetune", "Train on all or a few labels."),
     "distill": ("simclr_pl.commands.distill:distill", "Train a student on a teacher's answers."),
     "embed": ("simclr_pl.commands.embed:embed", "Write features to Parquet or npz."),
+    "export": ("simclr_pl.commands.export:export", "Write an encoder's weights as safetensors."),
 }
 
 # Lightning's advice that does not fit: sets in memory need no workers, the epoch's length is short by
