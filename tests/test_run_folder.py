@@ -12,7 +12,10 @@ import torch
 import wandb
 import yaml
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint
+from tiny import tiny_fit
 
+from simclr_pl.callbacks import ExactCheckpoint
 from simclr_pl.cli import main
 from simclr_pl.run_folder import MetricsTable, Resumed, find_resumed, rewind, wandb_run
 
@@ -161,3 +164,18 @@ def test_a_row_is_on_disk_at_once_and_a_new_column_keeps_the_old_rows(tmp_path: 
     second.log_metrics({"c": 3.0}, 2)
     expected = [{"a": "1.0", "step": "0"}, {"a": "2.0", "step": "1"}, {"c": "3.0", "step": "2"}]
     assert table(run) == expected
+
+
+def test_a_kill_right_after_a_save_leaves_the_steps_row(tmp_path: Path) -> None:
+    class KilledAfterTheSave(Checkpoint):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                raise SystemExit(9)
+
+    saver = ExactCheckpoint(tmp_path / "saved", every_n_train_steps=1)
+    logger = MetricsTable(str(tmp_path), "run")
+    with pytest.raises(SystemExit):
+        tiny_fit([saver, KilledAfterTheSave()], enable_checkpointing=True, logger=logger)
+    assert torch.load(saver.best_model_path, weights_only=True)["global_step"] == 3
+    rows = table(tmp_path / "run/version_0")
+    assert [row["step"] for row in rows if "train/loss" in row] == ["0", "1", "2"]

@@ -173,9 +173,10 @@ def result(folder: Path) -> dict[str, Any]:
     probe = next(v for k, v in content["callbacks"].items() if k.startswith("OnlineLinearProbe"))
     with open(run / "metrics.csv") as file:
         rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+    rows = [{k: v for k, v in row.items() if "throughput/" not in k} for row in rows]  # timed
     return {
         "hash": hashlib.sha256("".join(_bits([parts, probe])).encode()).hexdigest(),
-        "rows": [{k: v for k, v in row.items() if "throughput/" not in k} for row in rows],
+        "rows": [row for row in rows if row.keys() > {"epoch", "step"}],
     }
 
 

@@ -8,6 +8,8 @@ from lightning.pytorch.loops.utilities import _is_max_limit_reached
 
 from simclr_pl.checkpoint_io import SafeModelCheckpoint
 
+_LOG_STEP = "update_train_step_metrics"  # of Lightning's, at the end of each step
+
 
 class ExactCheckpoint(SafeModelCheckpoint):
     """ModelCheckpoint at the places from which Lightning goes on exactly, with the same options.
@@ -22,11 +24,12 @@ class ExactCheckpoint(SafeModelCheckpoint):
     would go on with the finished epoch: run its end again, or a batch and a validation too many.)
     """
 
-    _is_due = _puts_off = False
+    _is_due = _puts_off = _is_within_step = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves a finished epoch behind."""
         super().on_train_start(trainer, pl_module)
+        vars(trainer._logger_connector).pop(_LOG_STEP, None)  # where a save was broken off
         fit_loop = trainer.fit_loop
         if fit_loop.restarted_on_epoch_end:  # only with `max_steps`: else Lightning does the same
             fit_loop.epoch_progress.increment_completed()
@@ -45,9 +48,14 @@ class ExactCheckpoint(SafeModelCheckpoint):
         """Saves what is due, or puts it off to where the step ends."""
         if trainer.fit_loop._should_accumulate():
             return
-        self._puts_off = step_goes_on(trainer)
+        self._puts_off, self._is_within_step = step_goes_on(trainer), True
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._puts_off = False
+        self._puts_off = self._is_within_step = False
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        if self._is_within_step:
+            _log_step(trainer)
+        super()._save_checkpoint(trainer, filepath)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves what was put off within an epoch."""
@@ -91,6 +99,14 @@ class ExactCheckpoint(SafeModelCheckpoint):
             self.last_model_path = self.last_model_path or self.format_checkpoint_name(
                 {}, self.CHECKPOINT_NAME_LAST
             )
+
+
+def _log_step(trainer: Trainer) -> None:
+    """Logs a step now, not right after it is saved, where a kill would lose its row for good."""
+    connector = trainer._logger_connector
+    if _LOG_STEP not in vars(connector):
+        connector.update_train_step_metrics()
+        setattr(connector, _LOG_STEP, lambda: delattr(connector, _LOG_STEP))  # the next call, alone
 
 
 def step_goes_on(trainer: Trainer) -> bool:
