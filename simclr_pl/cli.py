@@ -211,11 +211,8 @@ class SimCLRCLI(LightningCLI):
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
         self.trainer = self.instantiate_trainer()
-        given = self.config_init[self.subcommand]
         if self._resumed is not None:
-            given["ckpt_path"] = str(self._resumed.checkpoint)
-        if given["weights_only"] is None:  # Lightning would say that it takes it for false
-            given["weights_only"] = True
+            self.config_init[self.subcommand]["ckpt_path"] = str(self._resumed.checkpoint)
 
     def _find_resumed(self) -> Resumed | None:
         """The run that this one goes on with."""

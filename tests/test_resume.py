@@ -273,6 +273,20 @@ def test_the_last_step_of_a_run_is_always_saved(end: dict[str, int], tmp_path: P
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
+def test_a_run_that_was_moved_goes_on_removing_its_oldest_checkpoints(tmp_path: Path) -> None:
+    def train(folder: Path, epochs: int, ckpt_path: Path | None = None) -> list[str]:
+        newest = ExactCheckpoint(folder, "{epoch}", monitor="step", mode="max", save_top_k=2)
+        options: dict[str, Any] = {"limit_val_batches": 0, "max_epochs": epochs}
+        trainer = tiny_trainer([newest], enable_checkpointing=True, **options)
+        trainer.fit(tiny_model(), datamodule=tiny_data(), ckpt_path=ckpt_path, weights_only=True)
+        return sorted(file.name for file in folder.iterdir())
+
+    assert train(tmp_path / "old", 2) == ["epoch=0.ckpt", "epoch=1.ckpt"]
+    new = (tmp_path / "old").rename(tmp_path / "new")
+    assert train(new, 3, new / "epoch=1.ckpt") == ["epoch=1.ckpt", "epoch=2.ckpt"]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
 def test_the_link_to_the_last_checkpoint_stays_one_file(tmp_path: Path) -> None:
     def train(epochs: int, ckpt_path: Path | None = None) -> None:
         last = ExactCheckpoint(tmp_path, save_last="link", save_top_k=-1)

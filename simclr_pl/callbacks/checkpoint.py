@@ -91,14 +91,33 @@ class ExactCheckpoint(SafeModelCheckpoint):
         return inside and previous != current
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up the best and the last one of the same folder."""
-        super().load_state_dict(state_dict)
+        """Takes up the best and the last one of the same folder, by whatever path it is called now."""
+        assert self.dirpath is not None
+        state = _renamed(state_dict, Path(self.dirpath))
+        super().load_state_dict(state)
         # The first checkpoint of a run does not know the link that was made after it: without this the
         # resumed run would leave last.ckpt as it is, and go on with last-v1.ckpt.
-        if self.save_last and self.dirpath == state_dict["dirpath"]:
+        if self.save_last and self.dirpath == state["dirpath"]:
             self.last_model_path = self.last_model_path or self.format_checkpoint_name(
                 {}, self.CHECKPOINT_NAME_LAST
             )
+
+
+def _renamed(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The state with its paths in ``folder``, where its files are there: a run may have been moved."""
+
+    def here(path: str) -> str:
+        return str(folder / Path(path).name) if path else path
+
+    if not Path(here(state["best_model_path"])).is_file():
+        return state
+    paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+    return {
+        **state,
+        **{key: here(state[key]) for key in paths},
+        "dirpath": str(folder),
+        "best_k_models": {here(path): score for path, score in state["best_k_models"].items()},
+    }
 
 
 def _log_step(trainer: Trainer) -> None:

@@ -104,7 +104,8 @@ class Preemption(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if self._agreed:
             last = f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}.ckpt"
-            trainer.save_checkpoint(f"{_folder(trainer)}/{last}")  # ends with a barrier
+            # With a barrier at its end. Lightning mentions weights_only unless it is given.
+            trainer.save_checkpoint(f"{_folder(trainer)}/{last}", weights_only=False)
             self._saved = True
 
     def on_exception(
