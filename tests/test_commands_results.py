@@ -55,7 +55,7 @@ def test_trackers_continue_the_run_of_the_training(tmp_path: Path) -> None:
     publish("knn", subject, "", {"top1": 0.25, "n": 3}, None, ["wandb-offline", "tensorboard"])
     assert wandb_run(run) == number
     (second,) = set(run.glob("wandb/offline-run-*")) - {first}
-    assert second.name.endswith(number)
+    assert [file.name for file in second.glob("*.wandb")] == [f"run-{number}.wandb"]
     (file,) = second.glob("run-*.wandb")
     deadline = time.monotonic() + 30  # wandb's own process writes, when the machine lets it
     while b"knn/top1" not in file.read_bytes() and time.monotonic() < deadline:
