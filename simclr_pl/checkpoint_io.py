@@ -13,9 +13,9 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from simclr_pl.durable import flush, publish, temporary_of
 from simclr_pl.errors import InputError
 
-_UNFINISHED = ".saving"  # the end of the names of files that are being written
 _MAX_FAILURES = 3  # saves in a row
 
 
@@ -162,20 +162,17 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(path.parent)
-    unfinished = path.with_name(f".{path.name}{_UNFINISHED}")
+    unfinished = temporary_of(path)
     try:
-        with open(unfinished, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        torch.save(checkpoint, unfinished)
+        flush(unfinished)
         saved = torch.load(unfinished, map_location="cpu", mmap=True, weights_only=True)
         if saved.keys() != checkpoint.keys():
             raise OSError("what was read back is not what was written")
-        os.replace(unfinished, path)
+        publish(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
 
 
 def newest_valid(folder: Path) -> Path | None:
@@ -224,7 +221,7 @@ def damage(file: Path) -> str | None:
 
 def remove_unfinished(folder: Path) -> None:
     """Removes what killed saves left in a folder, which one run at a time may write to."""
-    for file in folder.glob(f".*{_UNFINISHED}"):
+    for file in folder.glob(temporary_of(Path("*.ckpt")).name):
         file.unlink(missing_ok=True)
 
 
@@ -232,19 +229,10 @@ def make_link(link: Path, target: Path) -> None:
     """Makes or turns a relative symbolic link, which at all times leads to the old or the new target."""
     if link.is_symlink() and link.resolve() == target.resolve():
         return
-    new = link.with_name(f".{link.name}.link{_UNFINISHED}")
+    new = temporary_of(link)
     new.unlink(missing_ok=True)
     new.symlink_to(os.path.relpath(target, link.parent))
-    os.replace(new, link)
-    _sync_folder(link.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    publish(new, link)
 
 
 def _free_name(path: Path) -> Path:

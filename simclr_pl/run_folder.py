@@ -1,17 +1,19 @@
 """The folder of a run that goes on in it: its checkpoint, its tables, its tracker's run."""
 
 import csv
+import io
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from simclr_pl.checkpoint_io import SafeCheckpointIO, newest_valid
+from simclr_pl.checkpoint_io import damage, newest_valid
+from simclr_pl.durable import publish, temporary_of
 from simclr_pl.errors import InputError
 
 _CHECKPOINTS = "checkpoints"  # Lightning's name, within a run's folder
@@ -22,13 +24,16 @@ class Resumed(NamedTuple):
 
     Attributes:
         checkpoint: the file.
-        folder: of the run, ``<root>/<name>/version_<n>``.
         step: updates that were done when it was written; those after it are done again.
     """
 
     checkpoint: Path
-    folder: Path
     step: int
+
+    @property
+    def folder(self) -> Path:
+        """The run's, ``<root>/<name>/version_<n>``."""
+        return self.checkpoint.absolute().parents[1]
 
 
 def find_resumed(resume: str, versions: Path) -> Resumed | None:
@@ -61,14 +66,18 @@ def find_resumed(resume: str, versions: Path) -> Resumed | None:
                 f"`resume` must be a checkpoint in its run's {_CHECKPOINTS}/; got {resume!r}. Set "
                 "`ckpt_path` instead, and the run goes on in a folder of its own."
             )
-    content = SafeCheckpointIO().load_checkpoint(checkpoint)
+        if (reason := damage(checkpoint)) is not None:
+            raise InputError(
+                f"`resume` must be a whole checkpoint of plain values and tensors alone; got {resume!r}: "
+                f"{reason} Set `resume` to auto for the newest that is."
+            )
+    content = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
     if "loops" not in content:
         raise InputError(
             f"`resume` must be a checkpoint of a whole run; got {str(checkpoint)!r}, which has the "
             "weights alone. Set `checkpoint.save_weights_only` to false in runs to be resumed."
         )
-    folder = checkpoint.absolute().parent.parent
-    return Resumed(checkpoint, folder, int(content["global_step"]))
+    return Resumed(checkpoint, int(content["global_step"]))
 
 
 def _newest(versions: Path) -> Path | None:
@@ -159,7 +168,7 @@ class _Rows(ExperimentWriter):
         table = Path(self.metrics_file_path)
         with table.open(newline="") as lines:
             rows = list(csv.DictReader(lines))
-        _replace_table(table, fieldnames, rows)
+        _write_table(table, fieldnames, rows)
 
 
 def rewind(folder: Path, step: int) -> None:
@@ -176,12 +185,12 @@ def rewind(folder: Path, step: int) -> None:
                 reader = csv.DictReader(file, delimiter=delimiter)
                 rows = [r for r in reader if None not in r.values() and int(r["step"]) < step]
             if reader.fieldnames:
-                _replace_table(table, reader.fieldnames, rows, delimiter)
+                _write_table(table, reader.fieldnames, rows, delimiter)
     histograms = folder / "histograms.jsonl"
     if histograms.is_file():
         lines = histograms.read_text().splitlines(keepends=True)
         kept = [line for line in lines if _step_of(line) < step]
-        _replace(histograms, "".join(kept))
+        _write(histograms, "".join(kept))
 
 
 def _step_of(line: str) -> float:
@@ -191,21 +200,19 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def _replace_table(
+def _write_table(
     file: Path, keys: Iterable[str], rows: list[dict[str, Any]], delimiter: str = ","
 ) -> None:
-    partial = file.with_suffix(".partial")
-    with partial.open("w", newline="", errors="surrogateescape") as out:
-        writer = csv.DictWriter(out, fieldnames=list(keys), delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, file)
+    text = io.StringIO()
+    table = csv.DictWriter(text, fieldnames=list(keys), delimiter=delimiter)
+    table.writeheader()
+    table.writerows(rows)
+    _write(file, text.getvalue())
 
 
-def _replace(file: Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, file)
+def _write(file: Path, text: str) -> None:
+    temporary_of(file).write_text(text, newline="", errors="surrogateescape")
+    publish(temporary_of(file), file)
 
 
 def wandb_run(folder: Path) -> str | None:

@@ -71,7 +71,7 @@ def test_kills_during_saves_tear_nothing_and_leave_nothing(tmp_path: Path) -> No
         process.kill()
         process.join()
         files = list(folder.iterdir())
-        halves += any(file.suffix == ".saving" for file in files)
+        halves += any(file.suffix == ".tmp" for file in files)
         found = {file.name: damage(file) for file in files if file.suffix == ".ckpt"}
         torn += [(name, reason) for name, reason in found.items() if reason is not None]
     print(f"{kills} kills, {halves} of them within a save: {len(torn)} torn")
@@ -83,8 +83,8 @@ def test_kills_during_saves_tear_nothing_and_leave_nothing(tmp_path: Path) -> No
 
 def test_a_killed_save_leaves_an_orphan_that_the_next_save_or_start_removes(tmp_path: Path) -> None:
     for removes in (lambda: write(tmp_path / "b.ckpt", 1), lambda: newest_valid(tmp_path)):
-        (tmp_path / ".a.ckpt.saving").write_bytes(b"half")
-        (tmp_path / ".last.ckpt.link.saving").symlink_to("nowhere")
+        (tmp_path / ".a.ckpt.tmp").write_bytes(b"half")
+        (tmp_path / ".last.ckpt.tmp").symlink_to("nowhere")
         removes()
         assert [file.name for file in tmp_path.iterdir()] == ["b.ckpt"]
 

@@ -103,7 +103,7 @@ class Touch:
 
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     torch.save({"state_dict": Touch(tmp_path / "touched")}, tmp_path / "evil.ckpt")
-    with pytest.raises(InputError, match="must be one that `simclr fit` wrote"):
+    with pytest.raises(InputError, match="must be whole, of plain values and tensors alone"):
         load_subject(str(tmp_path / "evil.ckpt"))
     assert not (tmp_path / "touched").exists()
 
@@ -117,7 +117,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
         ("timm/a/b", "a checkpoint or a run's folder must exist; got 'timm/a/b'"),
         (".", "must hold checkpoints/last.ckpt; got '.' without"),
         ("tensor.ckpt", "must be one that `simclr fit` wrote; got 'tensor.ckpt' without weights"),
-        ("text.ckpt", "must be one that `simclr fit` wrote; got 'text.ckpt': "),
+        ("text.ckpt", "must be whole, of plain values and tensors alone; got 'text.ckpt': "),
     ],
 )
 def test_what_is_no_encoder_is_named_with_a_remedy(what: str, message: str) -> None:

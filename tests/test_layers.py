@@ -19,6 +19,7 @@ L0 = {
     "augment",
     "crop_kernels",
     "cpu",
+    "durable",
     "image_kernels",
     "image_operations",
     "models",

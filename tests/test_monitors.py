@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from ranks import on_ranks
-from tiny import tiny_data, tiny_model, tiny_trainer, weights
+from tiny import differences, tiny_data, tiny_model, tiny_trainer, weights
 from torch import Tensor, nn
 
 from simclr_pl.cli import _MONITORS
@@ -84,22 +84,6 @@ def test_weights_and_randomness_are_bit_identical_with_all_monitors_and_with_non
 def test_weights_and_randomness_are_bit_identical_on_two_ranks(tmp_path: Path) -> None:
     for watched, unwatched in on_ranks(2, with_and_without, tmp_path):
         assert differences(watched, unwatched) == []
-
-
-def differences(a: Any, b: Any, place: str = "") -> list[str]:
-    """The places in which two nested values differ by a bit."""
-    if isinstance(a, Tensor):
-        return [] if torch.equal(a, b) else [place]
-    if isinstance(a, dict):
-        if a.keys() != b.keys():
-            return [f"{place}: {sorted(map(str, a))} {sorted(map(str, b))}"]
-        return [line for k in a for line in differences(a[k], b[k], f"{place}.{k}")]
-    if isinstance(a, (list, tuple)):
-        if len(a) != len(b):
-            return [f"{place}: lengths {len(a)} and {len(b)}"]
-        pairs = enumerate(zip(a, b, strict=True))
-        return [line for i, (x, y) in pairs for line in differences(x, y, f"{place}[{i}]")]
-    return [] if a == b else [f"{place}: {a} {b}"]
 
 
 def states(trainer: Trainer) -> dict[str, Any]:

@@ -108,7 +108,8 @@ def test_auto_takes_the_newest_version_that_has_a_valid_checkpoint(tmp_path: Pat
     (tmp_path / "version_11").mkdir()
     (tmp_path / "version_old").mkdir()
     found = find_resumed("auto", tmp_path)
-    assert found == Resumed(found.checkpoint, tmp_path / "version_10", 10)  # type: ignore[union-attr]
+    assert found == Resumed(tmp_path / "version_10/checkpoints/10.ckpt", 10)
+    assert found.folder == tmp_path / "version_10"
     shutil.rmtree(tmp_path / "version_10/checkpoints")
     again = find_resumed("auto", tmp_path)
     assert again is not None
@@ -120,7 +121,7 @@ def test_auto_takes_the_newest_version_that_has_a_valid_checkpoint(tmp_path: Pat
     [
         (["--resume", "no.ckpt"], "`resume` must be auto or a checkpoint; got 'no.ckpt'"),
         (["--resume", "here.ckpt"], "in its run's checkpoints/; got 'here.ckpt'"),
-        (["--resume", "checkpoints/torn.ckpt"], "must be whole, of plain values and tensors alone"),
+        (["--resume", "checkpoints/torn.ckpt"], "`resume` must be a whole checkpoint of plain"),
         (["--resume", "checkpoints/weights.ckpt"], "weights.ckpt', which has the weights alone"),
         (["--resume", "auto", "--ckpt_path", "a"], "got 'a' for `ckpt_path`"),
         (["--resume", "auto", "--checkpoint.dirpath", "d"], "got 'd' for `ckpt_path` or"),
@@ -157,7 +158,7 @@ def test_a_row_is_on_disk_at_once_and_a_new_column_keeps_the_old_rows(tmp_path: 
     first = MetricsTable(str(tmp_path), "run")
     first.log_metrics({"a": 1.0}, 0)
     run = tmp_path / "run/version_0"
-    resumed = Resumed(run / "checkpoints/1.ckpt", run, 1)
+    resumed = Resumed(run / "checkpoints/1.ckpt", 1)
     second = MetricsTable("elsewhere", "other", resumed)
     assert second.log_dir == str(run)
     second.log_metrics({"a": 2.0}, 1)

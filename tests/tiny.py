@@ -57,3 +57,19 @@ def tiny_fit(callbacks: list[Callback], model: SimCLR | None = None, **options: 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def differences(a: Any, b: Any, place: str = "") -> list[str]:
+    """The places in which two nested values differ by a bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [place]
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return [f"{place}: {sorted(map(str, a))} {sorted(map(str, b))}"]
+        return [line for k in a for line in differences(a[k], b[k], f"{place}.{k}")]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [f"{place}: lengths {len(a)} and {len(b)}"]
+        pairs = enumerate(zip(a, b, strict=True))
+        return [line for i, (x, y) in pairs for line in differences(x, y, f"{place}[{i}]")]
+    return [] if a == b else [f"{place}: {a} {b}"]

@@ -59,9 +59,8 @@ class FiniteGuard(Callback):
         self._in_a_row = 0
         self._reader = DelayedReader(pl_module.device)
         self._losses: list[Tensor] = []  # of the batches of one update, () each
-        self._images: list[
-            Tensor
-        ] = []  # of these, (B, 2) int64: index, 1 where features are finite
+        # Of these, (B, 2) int64: index, 1 where features are finite
+        self._images: list[Tensor] = []
         self._seen: tuple[Tensor, int, float] | None = None  # (3,) bad, loss, norm; step; scale
         self._buffers = list(pl_module.buffers())
         self._old_buffers = [torch.empty_like(b) for b in self._buffers]

@@ -1,12 +1,12 @@
 """`simclr export`: an encoder's weights as safetensors, which hold numbers and run nothing."""
 
-import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from simclr_pl.commands.encoders import load_subject
+from simclr_pl.durable import publish, temporary_of
 from simclr_pl.errors import InputError
 from simclr_pl.models import Encoder
 
@@ -33,12 +33,11 @@ def export(subject: str, out: str | None = None, pretrained: bool = False) -> No
     encoder = model.encoder.model if isinstance(model.encoder, Encoder) else model.encoder
     weights = {name: value.contiguous() for name, value in encoder.state_dict().items()}
     about = {"format": "pt", "num_features": str(model.num_features), "step": str(model.step)}
-    partial = file.with_name(f".{file.name}.partial")
-    save_file(weights, partial, about)
-    saved = load_file(partial)
+    save_file(weights, temporary_of(file), about)
+    saved = load_file(temporary_of(file))
     assert saved.keys() == weights.keys()
     assert all(torch.equal(saved[name], value) for name, value in weights.items())
-    os.replace(partial, file)
+    publish(temporary_of(file), file)
     count = sum(value.numel() for value in weights.values())
     print(f"{len(weights)} tensors of {count:,} numbers, as in {subject}, are in {file}")
 

@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 from torch.optim import Optimizer
 
+from simclr_pl.checkpoint_io import SafeCheckpointIO
 from simclr_pl.errors import InputError
 from simclr_pl.simclr import SimCLR
 
@@ -24,13 +24,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is no checkpoint of a LightningModule.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling fails in many ways
-        raise InputError(
-            f"a checkpoint must be one that `simclr fit` wrote; got {str(path)!r}: "
-            f"{str(error).splitlines()[0]} Give another file."
-        ) from error
+    content = SafeCheckpointIO().load_checkpoint(path)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise InputError(
             f"a checkpoint must be one that `simclr fit` wrote; got {str(path)!r} without weights of "

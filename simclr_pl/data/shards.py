@@ -21,6 +21,7 @@ import numpy as np
 
 from simclr_pl.data.decode import MAX_PIXELS
 from simclr_pl.data.sources import EncodedReader, Source, StoredImages
+from simclr_pl.durable import publish, temporary_of
 from simclr_pl.errors import InputError
 
 FORMAT_VERSION = 1
@@ -224,26 +225,6 @@ class ArrowFiles:
         """Deletes what a killed pack was writing."""
         for rest in out.glob(".*.arrow.tmp"):
             rest.unlink()
-
-
-def temporary_of(file: Path) -> Path:
-    """The sibling that is written before it takes the name of ``file``."""
-    return file.with_name(f".{file.name}.tmp")
-
-
-def publish(temporary: Path, file: Path) -> None:
-    """Renames a written file; after that, it survives a power cut."""
-    _flush(temporary)
-    os.replace(temporary, file)
-    _flush(file.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256_of(file: Path) -> str:

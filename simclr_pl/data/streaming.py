@@ -25,10 +25,9 @@ from simclr_pl.data.shards import (
     Row,
     check_sizes,
     load_index,
-    publish,
-    temporary_of,
 )
 from simclr_pl.data.sources import EncodedReader, Source, StoredImages
+from simclr_pl.durable import publish, temporary_of
 from simclr_pl.errors import InputError
 
 _INDEX_OF = "{}/index.json"  # of a split; litdata's
