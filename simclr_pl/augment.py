@@ -186,8 +186,13 @@ class Augment:
         """Draws the crops of a batch, by the rule of torchvision's RandomResizedCrop.
 
         Args:
-            seed, epoch, index, n_views, first_view: as for `draw`.
-            height, width: (B,) sides of the images, in pixels.
+            seed: as for `draw`.
+            epoch: as for `draw`.
+            index: as for `draw`.
+            n_views: as for `draw`.
+            height: (B,) of the images, in pixels.
+            width: (B,) of the images, in pixels.
+            first_view: as for `draw`.
 
         Returns:
             (B, V, 5) int64: top, left, height, width, flipped (0 or 1).

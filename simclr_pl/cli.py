@@ -1,108 +1,121 @@
-"""The command `simclr`."""
+"""The command `simclr`: the table of its verbs, help, and what becomes of errors.
+
+Nothing but the standard library is imported before a verb is called, so that help and mistakes are quick.
+"""
 
 import logging
+import os
 import sys
 import warnings
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from importlib import import_module
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from jsonargparse import ArgumentParser, auto_cli
-from lightning.fabric.plugins.io import CheckpointIO
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-
-from simclr_pl.callbacks import (
-    CollapseMonitor,
-    EvaluationPace,
-    ExactCheckpoint,
-    FeatureWriter,
-    FiniteGuard,
-    KNNMonitor,
-    OnlineLinearProbe,
-    Pictures,
-    Preemption,
-    RunSummary,
-    ThroughputMonitor,
-    Watchdog,
-)
-from simclr_pl.checkpoint_io import SafeCheckpointIO
-from simclr_pl.data import ContrastiveDataModule
+import simclr_pl
 from simclr_pl.errors import InputError
-from simclr_pl.run_folder import Resumed, find_resumed, loggers_of
-from simclr_pl.saved_config import SaveMaskedConfig
-from simclr_pl.simclr import SimCLR
-from simclr_pl.strategies import FullySharded
 
 Tracker = Literal["wandb", "wandb-offline", "tensorboard"]
 
-# After every epoch, evaluated or not; the newest two, so that damage to one costs an epoch at most.
-# A step that is done again is the same to the bit: its file takes the place of the one that is there.
-_CHECKPOINTS = {
-    "monitor": "step",
-    "mode": "max",
-    "save_top_k": 2,
-    "save_last": "link",
-    "save_on_train_epoch_end": True,
-    "enable_version_counter": False,
+
+class Verb(NamedTuple):
+    """A command: its line in the overview, and where it is, as "module:name".
+
+    The place holds a function, or several by name, whose signatures and docstrings are the options and
+    their help. What a function returns is the exit code. LightningCLI's verbs have no place.
+    """
+
+    text: str
+    example: str
+    place: str | None = None
+    raw: bool = False  # the function takes the words of the command line, and parses them itself
+
+
+_GROUPS: dict[str, dict[str, Verb]] = {
+    "Train and evaluate": {
+        "fit": Verb("Train an encoder.", "simclr fit --config quickstart"),
+        "validate": Verb(
+            "Score a checkpoint by kNN and the probe it was trained with.",
+            "simclr validate --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt",
+        ),
+        "test": Verb(
+            "The same, as Lightning's test.",
+            "simclr test --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt",
+        ),
+        "predict": Verb(
+            "Write the features of the query images.",
+            "simclr predict --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt",
+        ),
+        "linear": Verb(
+            "Train a linear classifier on frozen features.",
+            "simclr linear RUN",
+            "simclr_pl.commands.linear:linear",
+        ),
+        "knn": Verb(
+            "Classify by nearest neighbours among frozen features.",
+            "simclr knn RUN",
+            "simclr_pl.commands.knn:knn",
+        ),
+        "finetune": Verb(
+            "Train the whole encoder on all or a few labels.",
+            "simclr finetune RUN --fraction 0.01",
+            "simclr_pl.commands.finetune:finetune",
+        ),
+        "distill": Verb(
+            "Train a student on a fine-tuned teacher's answers.",
+            "simclr distill RUN/checkpoints/last.finetune.ckpt --student resnet18",
+            "simclr_pl.commands.distill:distill",
+        ),
+        "report": Verb(
+            "Show one run, or several side by side, as one HTML page.",
+            "simclr report RUN",
+            "simclr_pl.commands.report:report",
+        ),
+    },
+    "Data": {
+        "data": Verb(
+            "Check, describe and pack sets of images.",
+            "simclr data check FOLDER",
+            "simclr_pl.data.commands:COMMANDS",
+        ),
+    },
+    "Hand on": {
+        "embed": Verb(
+            "Write features of every image to Parquet or npz.",
+            "simclr embed RUN --split train --neighbours 10",
+            "simclr_pl.commands.embed:embed",
+        ),
+        "export": Verb(
+            "Write an encoder's weights for other programs.",
+            "simclr export RUN",
+            "simclr_pl.commands.export:export",
+        ),
+        "import": Verb(
+            "Take over weights that another program has trained.",
+            "simclr import FILE",
+            "simclr_pl.commands.import_weights:import_weights",
+        ),
+    },
+    "Machine": {
+        "doctor": Verb(
+            "Check this machine, and what a configuration needs of it.",
+            "simclr doctor --config quickstart",
+            "simclr_pl.commands.doctor:doctor",
+            raw=True,
+        ),
+        "presets": Verb(
+            "List the configurations that come with the package, show or copy one.",
+            "simclr presets cifar10 --out my.yaml",
+            "simclr_pl.commands.presets:presets",
+        ),
+        "completion": Verb(
+            "Print a script that completes words for bash or zsh.",
+            'eval "$(simclr completion bash)"',
+            "simclr_pl.commands.completion:completion",
+        ),
+    },
 }
-
-_MONITORS: dict[str, tuple[type[Callback], dict[str, Any], str]] = {
-    "probe": (OnlineLinearProbe, {}, "Online linear probe; null for none."),
-    "knn": (KNNMonitor, {}, "kNN monitor; null for none."),
-    "collapse": (CollapseMonitor, {}, "Collapse measures and warning; null for none."),
-    "pictures": (Pictures, {}, "Views, nearest neighbours, a map of features; null for none."),
-    "throughput": (
-        ThroughputMonitor,
-        {},
-        "Speed, split of the time, memory, unreadable images; null for none.",
-    ),
-    "summary": (RunSummary, {}, "Scores and speed in summary.json; null for none."),
-    "finite": (FiniteGuard, {}, "Leaves out updates that are not finite; null for none."),
-    "checkpoint": (
-        ExactCheckpoint,
-        _CHECKPOINTS,
-        "When checkpoints are written, into the run's folder; null for never.",
-    ),
-    "preemption": (
-        Preemption,
-        {},
-        "SIGTERM and SIGUSR1 save, stop and exit with 85; null for Lightning's handlers.",
-    ),
-    "watchdog": (Watchdog, {}, "Ends a run that hangs or has lost a rank with 75; null for none."),
-}
-
-_TRAINER_DEFAULTS = {
-    "default_root_dir": "runs",
-    "num_sanity_val_steps": 0,  # the summary's baselines walk the same path, in full
-    "use_distributed_sampler": False,  # the data module's own samplers know the ranks
-    "log_every_n_steps": 10,
-    "check_val_every_n_epoch": None,  # EvaluationPace
-    "enable_model_summary": False,  # RunSummary says it in one line
-}
-
-_PACE = (
-    "Evaluate every n epochs. By default as often as keeps it within 1 % of the encoder's work, and "
-    "after the last step; null with trainer.val_check_interval a number of batches: every so many."
-)
-
-_RESUME = (
-    "Go on with a run in its folder, as if it had not stopped: a checkpoint's file, or auto for the "
-    "newest valid one of <trainer.default_root_dir>/<name>/; where there is none, auto starts a run."
-)
-
-# Commands beside LightningCLI's, imported when they are called: a function, or several by name, whose
-# signatures and docstrings are the options. What they return is the exit code.
-_VERBS: dict[str, tuple[str, str]] = {
-    "data": ("simclr_pl.data.commands:COMMANDS", "Pack, describe and check sets of images."),
-    "linear": ("simclr_pl.commands.linear:linear", "Linear classifier on frozen features."),
-    "knn": ("simclr_pl.commands.knn:knn", "Nearest neighbours among frozen features."),
-    "finetune": ("simclr_pl.commands.finetune:finetune", "Train on all or a few labels."),
-    "distill": ("simclr_pl.commands.distill:distill", "Train a student on a teacher's answers."),
-    "embed": ("simclr_pl.commands.embed:embed", "Write features to Parquet or npz."),
-    "export": ("simclr_pl.commands.export:export", "Write an encoder's weights as safetensors."),
-}
+_VERBS = {name: verb for verbs in _GROUPS.values() for name, verb in verbs.items()}
 
 # Lightning's advice that does not fit: sets in memory need no workers, the epoch's length is short by
 # design, and the deprecations are between Lightning and its own dependencies.
@@ -114,168 +127,10 @@ _NOISE = (
     ".*Experiment logs directory .* exists and is not empty.*",
     "FSDP2-wrapped module .* returned a view.*",  # nothing here writes into features
 )
+_CHATTER = ("Tip:", "Detected KeyboardInterrupt")  # hints at other products; `main` says the other
 
 
-class _ProgressBar(RichProgressBar):
-    """Loss, accuracies and speed, without the run's version."""
-
-    def get_metrics(self, *args: Any) -> dict[str, Any]:
-        metrics = super().get_metrics(*args)
-        metrics.pop("v_num", None)
-        if (speed := metrics.pop("throughput/images_per_second", None)) is not None:
-            metrics["images/s"] = f"{speed:.0f}"
-        return metrics  # type: ignore[return-value]
-
-
-class _Parser(LightningArgumentParser):
-    """Lists the other commands, too."""
-
-    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
-        action = super().add_subcommands(*args, **kwargs)
-        for verb, (_, text) in _VERBS.items():
-            action.add_subcommand(verb, ArgumentParser(), help=text)  # `main` runs them itself
-        return action
-
-
-class SimCLRCLI(LightningCLI):
-    """LightningCLI on `SimCLR` and `ContrastiveDataModule`, with one run folder and one seed.
-
-    Args:
-        args: with the subcommand first; by default the process's arguments.
-    """
-
-    def __init__(self, args: ArgsType = None) -> None:
-        usage = "simclr {} [--config FILE ...] [--KEY VALUE ...]"
-        super().__init__(
-            SimCLR,
-            ContrastiveDataModule,
-            save_config_callback=SaveMaskedConfig,
-            trainer_defaults=_TRAINER_DEFAULTS,
-            auto_configure_optimizers=False,
-            parser_class=_Parser,
-            parser_kwargs={name: {"usage": usage.format(name)} for name in self.subcommands()},
-            args=args,
-        )
-
-    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what concerns the whole run."""
-        parser.add_argument(
-            "--seed_everything",
-            type=int,
-            default=0,
-            help="Seed of initialisation, order, views and dropout.",
-        )
-        parser.add_argument(
-            "--name",
-            type=str,
-            default="simclr",
-            help="The run's files are in <trainer.default_root_dir>/<name>/version_<n>/.",
-        )
-        parser.add_argument(
-            "--track",
-            type=list[Tracker],
-            default=[],
-            help="Trackers beside metrics.csv; wandb-offline needs no account.",
-        )
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the monitors and links the seed."""
-        for key, (cls, options, text) in _MONITORS.items():
-            default = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": options}
-            parser.add_argument(f"--{key}", type=cls | None, default=default, help=text)
-        for action in parser._actions:
-            if action.dest == "trainer.check_val_every_n_epoch":
-                action.help = _PACE
-        parser.link_arguments("seed_everything", "data.seed")
-        parser.link_arguments("seed_everything", "model.seed")
-
-    def _prepare_subcommand_parser(
-        self, klass: type, subcommand: str, **kwargs: Any
-    ) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "fit":
-            parser.add_argument("--resume", type=str | None, default=None, help=_RESUME)
-        return parser
-
-    def _parse_ckpt_path(self) -> None:
-        """Leaves the configuration as given.
-
-        LightningCLI would let the checkpoint's model override it without a word. Here a model that
-        differs from the checkpoint's is an error, from `SimCLR.on_load_checkpoint`.
-        """
-
-    def instantiate_classes(self) -> None:
-        """As LightningCLI's, by jsonargparse's present name for it."""
-        self._resumed = self._find_resumed()
-        self.config_init = self.parser.instantiate(self.config)
-        self.datamodule = self._get(self.config_init, "data")
-        self.model = self._get(self.config_init, "model")
-        self.trainer = self.instantiate_trainer()
-        if self._resumed is not None:
-            self.config_init[self.subcommand]["ckpt_path"] = str(self._resumed.checkpoint)
-
-    def _find_resumed(self) -> Resumed | None:
-        """The run that this one goes on with."""
-        resume = self._get(self.config, "resume") if self.subcommand == "fit" else None
-        if resume is None:
-            return None
-        options = (self._get(self.config, "checkpoint") or {}).get("init_args") or {}
-        taken = self._get(self.config, "ckpt_path") or options.get("dirpath")
-        if taken is not None:
-            raise InputError(
-                f"`resume` goes on in the run's own folder; got {taken!r} for `ckpt_path` or "
-                "`checkpoint.dirpath`. Leave out `resume` or these."
-            )
-        self.config[self.subcommand]["resume"] = None  # the saved configuration is of the whole run
-        root = Path(self._get(self.config, "trainer")["default_root_dir"])
-        resumed = find_resumed(resume, root / self._get(self.config, "name"))
-        if resumed is not None:
-            self.save_config_kwargs = {**self.save_config_kwargs, "overwrite": True}
-            warnings.filterwarnings("ignore", ".*Checkpoint directory .* is not empty.*")
-        return resumed
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds the monitors, the summary, the progress bar and the loggers to the trainer's own."""
-        config = {**self._get(self.config_init, "trainer"), **kwargs}
-        callbacks = [self._get(self.config_init, key) for key in _MONITORS]
-        callbacks = [c for c in callbacks if c is not None]
-        if self.subcommand != "fit":
-            callbacks = [c for c in callbacks if not isinstance(c, (Checkpoint, RunSummary))]
-        if self.subcommand == "predict":
-            callbacks.append(FeatureWriter())
-        own = config["callbacks"] or []
-        own = own if isinstance(own, list) else [own]
-        wants_bar = config["enable_progress_bar"] is not False
-        if wants_bar and not any(isinstance(c, ProgressBar) for c in own):
-            callbacks.insert(0, _ProgressBar())  # first to close: what follows prints below it
-        config["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in [*own, *callbacks])
-        callbacks = [*self._pace(config), *callbacks]
-        plugins = config["plugins"] or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            config["plugins"] = [*plugins, SafeCheckpointIO()]
-        config["callbacks"] = own
-        if config["strategy"] == "fsdp":
-            config["strategy"] = FullySharded()
-        name, track = (self._get(self.config_init, key) for key in ("name", "track"))
-        config["logger"] = loggers_of(config, name, track, self._resumed)
-        return self._instantiate_trainer(config, callbacks)
-
-    def _pace(self, config: dict[str, Any]) -> list[Callback]:
-        """Completes the trainer's options on evaluation, which must not both be None."""
-        interval = config["val_check_interval"]
-        by_epochs = interval is None or isinstance(interval, float)  # a float: parts of an epoch
-        if config["check_val_every_n_epoch"] is not None or not by_epochs:
-            return []
-        if self.subcommand != "fit" or interval is not None:
-            config["check_val_every_n_epoch"] = 1
-            return []
-        # Until the pace is known: not 1, which EarlyStopping takes for "at the end of every epoch".
-        config["check_val_every_n_epoch"] = 2
-        return [EvaluationPace()]
-
-
-def main(args: ArgsType = None) -> None:
+def main(args: list[str] | None = None) -> None:
     """Runs the command line; a user's mistake ends it with one line and exit code 2.
 
     Args:
@@ -283,28 +138,91 @@ def main(args: ArgsType = None) -> None:
     """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
-    # Lightning's hints at other products
     rank_zero_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    rank_zero_log.addFilter(lambda record: "Tip:" not in record.getMessage())
-    given = sys.argv[1:] if args is None else args
-    code = None
+    rank_zero_log.addFilter(lambda record: not any(w in record.getMessage() for w in _CHATTER))
     try:
-        if isinstance(given, list) and given and given[0] in _VERBS:
-            code = _run_verb(given)
-        else:
-            SimCLRCLI(args)
+        code = _run(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130  # as a shell says it: 128 + SIGINT
+        code = _interrupted()
+    except SystemExit as leaving:
+        if not isinstance(leaving.__context__, KeyboardInterrupt):
+            raise
+        code = _interrupted()  # a Trainer has caught it, called its callbacks, and left with 1
     if code:
         sys.exit(code)
 
 
-def _run_verb(args: list[str]) -> int | None:
-    place, _ = _VERBS[args[0]]
+def _run(args: list[str] | None) -> int | None:
+    first, *others = (sys.argv[1:] if args is None else args) or ["--help"]
+    if first in ("-h", "--help"):
+        print(_overview())
+        return None
+    if first == "--version":
+        print(f"simclr {simclr_pl.__version__}")
+        return None
+    if first not in _VERBS:
+        raise InputError(_unknown(first, "simclr", _VERBS))
+    if _VERBS[first].place is None:
+        from simclr_pl.training_cli import SimCLRCLI
+
+        SimCLRCLI([first, *others])
+        return None
+    from simclr_pl.parsers import call
+
+    command = command_of(first)
+    if _VERBS[first].raw:
+        return command(others)  # type: ignore[no-any-return]
+    prog = f"simclr {first}"
+    if isinstance(command, dict):
+        word, *others = others or ["--help"]
+        if word in ("-h", "--help"):
+            print(_overview_of(first, command))
+            return None
+        if word not in command:
+            raise InputError(_unknown(word, prog, command))
+        command, prog = command[word], f"{prog} {word}"
+    return call(command, prog, others)
+
+
+def command_of(verb: str) -> Any:
+    """The function of a verb that is not LightningCLI's, or several by name."""
+    place = _VERBS[verb].place
+    assert place is not None
     module, name = place.split(":")
-    command = getattr(import_module(module), name)
-    return auto_cli({args[0]: command}, args=args, prog="simclr")  # type: ignore[no-any-return]
+    return getattr(import_module(module), name)
+
+
+def _overview() -> str:
+    lines = ["usage: simclr COMMAND [OPTIONS]", "", "SimCLR on PyTorch Lightning."]
+    for group, verbs in _GROUPS.items():
+        lines += ["", f"{group}:"]
+        for name, verb in verbs.items():
+            lines += [f"  {name:12}{verb.text}", f"  {'':12}  {verb.example}"]
+    lines += [
+        "",
+        "RUN is the folder of a run, such as runs/quickstart/version_0, or one of its checkpoints.",
+        "simclr COMMAND --help tells more of a command; simclr --version the version.",
+    ]
+    return "\n".join(lines)
+
+
+def _overview_of(verb: str, commands: dict[str, Callable]) -> str:
+    lines = [f"usage: simclr {verb} COMMAND [OPTIONS]", "", _VERBS[verb].text, "", "Commands:"]
+    lines += [f"  {name:8}{(f.__doc__ or '').splitlines()[0]}" for name, f in commands.items()]
+    example = f"For example: {_VERBS[verb].example}"
+    return "\n".join([*lines, "", example, f"simclr {verb} COMMAND --help tells more of each."])
+
+
+def _unknown(word: str, prog: str, known: Iterable[str]) -> str:
+    near = get_close_matches(word, known, n=1)
+    remedy = f"Did you mean `{prog} {near[0]}`?" if near else f"`{prog} --help` lists them."
+    return f"`{prog}` must be followed by a command; got {word!r}. {remedy}"
+
+
+def _interrupted() -> int:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the terminal interrupts every rank
+        print("interrupted", file=sys.stderr)
+    return 130  # as a shell says it: 128 + SIGINT

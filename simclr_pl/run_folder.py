@@ -1,4 +1,4 @@
-"""The folder of a run that goes on in it: its checkpoint, its tables, its tracker's run."""
+"""The folder of a run that goes on in it: its checkpoint, its tables, its trackers."""
 
 import csv
 import io
@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from simclr_pl.checkpoint_io import damage, newest_valid
 from simclr_pl.durable import publish, temporary_of
 from simclr_pl.errors import InputError
+from simclr_pl.trackers import trackers_of
 
 _CHECKPOINTS = "checkpoints"  # Lightning's name, within a run's folder
 
@@ -89,7 +90,11 @@ def _newest(versions: Path) -> Path | None:
 
 
 def loggers_of(
-    trainer: dict[str, Any], name: str, track: Sequence[str], resumed: Resumed | None
+    trainer: dict[str, Any],
+    name: str,
+    track: Sequence[str],
+    resumed: Resumed | None,
+    track_checkpoint: bool = False,
 ) -> list[Logger]:
     """The loggers of a run: its table, those of the trainer's options, and the trackers.
 
@@ -98,25 +103,19 @@ def loggers_of(
         name: of the run.
         track: "tensorboard", "wandb" or "wandb-offline".
         resumed: where the run goes on: in the same folder, and in the tracker's same run.
+        track_checkpoint: hand the checkpoint to wandb.
+
+    Raises:
+        InputError: ``track_checkpoint`` without wandb.
     """
     table = MetricsTable(trainer["default_root_dir"], name, resumed)
     given = trainer["logger"]
     if given is None or isinstance(given, bool):
         given = []
-    loggers = [table, *(given if isinstance(given, list) else [given])]
-    again: dict[str, Any] = {}
-    for tracker in track:
-        if tracker == "tensorboard":
-            again = {} if resumed is None else {"purge_step": resumed.step}
-            board = TensorBoardLogger(table.root_dir, name="", version=table.version, **again)
-            loggers.append(board)
-        else:
-            again = {} if resumed is None else {"id": wandb_run(resumed.folder), "resume": "allow"}
-            offline = tracker == "wandb-offline"
-            loggers.append(
-                WandbLogger(project=name, save_dir=table.log_dir, offline=offline, **again)
-            )
-    return loggers
+    given = given if isinstance(given, list) else [given]
+    redone = None if resumed is None else resumed.step
+    trackers = trackers_of(Path(table.log_dir), name, track, redone, track_checkpoint)
+    return [table, *given, *trackers]
 
 
 class MetricsTable(CSVLogger):
@@ -213,11 +212,3 @@ def _write_table(
 def _write(file: Path, text: str) -> None:
     temporary_of(file).write_text(text, newline="", errors="surrogateescape")
     publish(temporary_of(file), file)
-
-
-def wandb_run(folder: Path) -> str | None:
-    """The id of the last run that wandb wrote into a run's folder; None where there is none."""
-    files = folder.glob("wandb/*run-*/run-*.wandb")
-    # the folders' names hold the time: <"run" or "offline-run">-<date>_<time>-<id>
-    last = max(files, key=lambda file: file.parent.name.partition("run-")[2], default=None)
-    return None if last is None else last.stem.removeprefix("run-")

@@ -1,7 +1,7 @@
 """Values that must not reach a file or a tracker: tokens, passwords, keys."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,21 @@ def masked(value: Any) -> Any:
     if isinstance(value, str):
         return re.sub(r"(\w://[^/\s:@]*):[^/\s@]+@", rf"\1:{MASK}@", value)
     return value
+
+
+def masked_arguments(arguments: Sequence[str]) -> list[str]:
+    """The words of a command line, with the values of secret keys replaced by ``***``."""
+    shown, hide = [], False
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        secret = key.startswith("--") and is_secret(key.rpartition(".")[2].lstrip("-"))
+        if hide:
+            argument = MASK
+        elif secret and equals:
+            argument = f"{key}={MASK}"
+        hide = secret and not equals
+        shown.append(str(masked(argument)))
+    return shown
 
 
 def plain(value: Any) -> Any:

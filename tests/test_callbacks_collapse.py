@@ -13,7 +13,7 @@ import pytest
 import torch
 import wandb
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from ranks import on_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_data, tiny_model, tiny_trainer, weights
@@ -32,6 +32,7 @@ from simclr_pl.metrics import (
     similarity_histograms,
     uniformity,
 )
+from simclr_pl.trackers import WandbTracker
 
 QUICK = str(Path(__file__).parents[1] / "configs/quickstart.yaml")
 
@@ -220,7 +221,7 @@ def test_tensorboard_shows_the_histograms(tmp_path: Path) -> None:
 
 
 def test_wandb_shows_the_histograms(tmp_path: Path) -> None:
-    logger = WandbLogger(project="tiny", save_dir=tmp_path, offline=True)
+    logger = WandbTracker(tmp_path, "tiny", offline=True)
     fit(tmp_path, CollapseMonitor(every_n_steps=8), logger=logger)
     wandb.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")

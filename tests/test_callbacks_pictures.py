@@ -9,7 +9,7 @@ import pytest
 import torch
 import wandb
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from pictures import noise, write_classes
 from PIL import Image
 from ranks import on_ranks
@@ -21,9 +21,10 @@ from simclr_pl import ContrastiveDataModule, InputError, SimCLR
 from simclr_pl.augment import Augment
 from simclr_pl.callbacks import Pictures
 from simclr_pl.callbacks.drawing import OTHER, SAME, scaled
-from simclr_pl.callbacks.pictures import spread_over_classes
+from simclr_pl.callbacks.map_points import nearest_among, spread_over_classes
 from simclr_pl.data import ImageFolder, Source
 from simclr_pl.data.sources import ResidentImages
+from simclr_pl.trackers import WandbTracker
 
 
 class Recorder(Callback):
@@ -120,8 +121,9 @@ def names_in(folder: Path) -> list[str]:
 
 def test_every_validation_has_its_pictures(tmp_path: Path) -> None:
     folder = run(tmp_path, [Pictures()], max_epochs=2, num_sanity_val_steps=-1)
-    expected = ["map.npz", "map_1.png", "map_2.png", "neighbours_1.png", "neighbours_2.png"]
-    assert names_in(folder) == [*expected, "views.png"]
+    expected = ["map.npz", "map_1.png", "map_2.png", "map_thumbnails.jpg"]
+    expected += ["neighbours_1.png", "neighbours_2.png", "views.png"]
+    assert names_in(folder) == expected
     assert all(path.stat().st_size < 400_000 for path in folder.iterdir())
 
 
@@ -183,6 +185,30 @@ def test_the_map_holds_the_principal_components(tmp_path: Path, precision: Any) 
     assert table["step"] == 1
 
 
+def test_the_neighbours_of_a_point_are_those_of_a_plain_search() -> None:
+    points = np.random.default_rng(0).normal(size=(1030, 5)).astype(np.float32)
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    nearest, similarity = nearest_among(points, 4)
+    cosine = points.astype(np.float64) @ points.T.astype(np.float64)
+    np.fill_diagonal(cosine, -2)
+    assert np.array_equal(nearest, np.argsort(-cosine, axis=1)[:, :4])
+    np.testing.assert_allclose(similarity, -np.sort(-cosine, axis=1)[:, :4], atol=1e-6)
+    assert nearest_among(points[:3], 6)[0].shape == (3, 2)
+
+
+def test_the_map_comes_with_its_classes_and_the_images_of_its_points(tmp_path: Path) -> None:
+    folder = run(tmp_path, [Pictures(n_neighbours=2)])
+    table = np.load(folder / "map.npz")
+    assert table["neighbours"].shape == table["similarity"].shape == (33, 2)
+    assert table["classes"].tolist() == ["0", "1", "2"]
+    sheet = read(folder / "map_thumbnails.jpg").astype(float)
+    assert sheet.shape == (6 * 16, 6 * 16, 3)  # 33 points, images of 16 pixels
+    for place, index in enumerate(table["index"].tolist()):
+        y, x = (16 * part for part in divmod(place, 6))
+        own = np.corrcoef(sheet[y : y + 16, x : x + 16].ravel(), noise(11 + index, 16, 16).ravel())
+        assert own[0, 1] > 0.5
+
+
 def test_the_map_has_at_most_so_many_points(tmp_path: Path) -> None:
     index = np.load(run(tmp_path, [Pictures(max_points=20)]) / "map.npz")["index"]
     assert len(set(index.tolist())) == len(index) == 20
@@ -229,7 +255,7 @@ def test_trackers_get_the_pictures(tmp_path: Path) -> None:
 
     csv = CSVLogger(tmp_path, name="run", version=0)
     board = TensorBoardLogger(tmp_path / "board", name="", version="0")
-    biases = WandbLogger(project="tests", save_dir=tmp_path, offline=True)
+    biases = WandbTracker(tmp_path, "tests", offline=True)
     folder = run(tmp_path, [Pictures()], logger=[csv, board, biases])
     wandb.finish()
     files = {"views": "views.png", "neighbours": "neighbours_1.png", "map": "map_1.png"}
@@ -238,7 +264,7 @@ def test_trackers_get_the_pictures(tmp_path: Path) -> None:
     assert len(media) == 3
     for tag, file in files.items():
         (event,) = events.Images(f"pictures/{tag}")
-        assert event.step == (0 if tag == "views" else 1)
+        assert event.step == 0  # of the numbers of the first update, as in metrics.csv
         (tmp_path / "event.png").write_bytes(event.encoded_image_string)
         assert np.array_equal(read(tmp_path / "event.png"), read(folder / file))
         (copy,) = (path for path in media if path.name.startswith(tag))
@@ -266,7 +292,7 @@ def test_two_ranks_draw_the_pictures_of_one(tmp_path: Path) -> None:
 
 def test_unlabelled_images_have_pictures(tmp_path: Path) -> None:
     folder = run(tmp_path, [Pictures()], twins(source=Twins(0)))
-    assert len(names_in(folder)) == 4
+    assert len(names_in(folder)) == 5
     assert set(np.load(folder / "map.npz")["label"].tolist()) == {-1}
     page = read(folder / "neighbours_1.png")
     for colour in (SAME, OTHER):

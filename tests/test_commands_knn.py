@@ -129,7 +129,7 @@ def test_two_processes_find_what_one_finds(run: Path, tmp_path: Path) -> None:
         (["--k", "[]"], "`k` must be numbers >= 1; got []"),
         (["--temperature", "[0.0]"], "`temperature` must be numbers > 0; got [0.0]"),
         (["--out", "no/mine.json"], "`out` must lie in a folder that exists"),
-        (["--dataset", "nonsense"], "`src` must be a folder, a YAML config or a source"),
+        (["--dataset", "nonsense"], "`src` must be a folder, a YAML config or its name"),
         (["--dataset", "unlabelled.yaml"], "got none in the bank set. Give the images class"),
     ],
 )

@@ -12,7 +12,7 @@ from trained import digits_run
 from simclr_pl import InputError
 from simclr_pl.commands.encoders import load_subject
 from simclr_pl.commands.results import percent, publish, result_file, table_of
-from simclr_pl.run_folder import wandb_run
+from simclr_pl.trackers import wandb_run
 
 
 def test_the_file_lies_beside_the_checkpoint_or_where_it_is_asked_for(tmp_path: Path) -> None:
@@ -58,13 +58,13 @@ def test_trackers_continue_the_run_of_the_training(tmp_path: Path) -> None:
     assert [file.name for file in second.glob("*.wandb")] == [f"run-{number}.wandb"]
     (file,) = second.glob("run-*.wandb")
     deadline = time.monotonic() + 30  # wandb's own process writes, when the machine lets it
-    while b"knn/top1" not in file.read_bytes() and time.monotonic() < deadline:
+    while b"results/knn_top1" not in file.read_bytes() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert b"knn/top1" in file.read_bytes()
-    assert b"knn/n" not in file.read_bytes()
+    assert b"results/knn_top1" in file.read_bytes()
+    assert b"results/knn_n" not in file.read_bytes()
     events = EventAccumulator(str(run))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("knn/top1")] == [(6, 0.25)]
+    assert [(e.step, e.value) for e in events.Scalars("results/knn_top1")] == [(6, 0.25)]
 
 
 def test_the_latest_of_several_wandb_runs_is_continued(tmp_path: Path) -> None:

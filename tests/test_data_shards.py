@@ -15,6 +15,7 @@ from packing import flip_byte, image_folder, packed
 from torch.utils.data import DataLoader, Dataset
 
 from simclr_pl.data.folders import ImageFolder
+from simclr_pl.data.pack import pack_source
 from simclr_pl.data.shards import ShardReader, Shards
 from simclr_pl.data.sources import StoredImages
 from simclr_pl.errors import InputError
@@ -53,6 +54,11 @@ def test_images_labels_paths_and_classes_come_back(source: Path, root: Path) -> 
             assert new.encoded(i) == old.encoded(i)
             assert str(source / new.reader.path(i)) == old.name(i)
             np.testing.assert_array_equal(new.open(i).pixels(), old.open(i).pixels())
+
+
+def test_channels_are_known_before_the_set_is_opened(source: Path, tmp_path: Path) -> None:
+    pack_source(ImageFolder(str(source), grey=True), tmp_path / "grey", workers=0)
+    assert Shards(str(tmp_path / "grey")).channels == 1
 
 
 def test_a_name_says_where_the_image_was_and_is(root: Path) -> None:

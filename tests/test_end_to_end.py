@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from simclr_pl import Augment
-from simclr_pl.cli import SimCLRCLI
 from simclr_pl.data import ContrastiveDataModule
+from simclr_pl.training_cli import SimCLRCLI
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 

@@ -13,7 +13,7 @@ from ranks import on_ranks
 from tiny import differences, tiny_data, tiny_model, tiny_trainer, weights
 from torch import Tensor, nn
 
-from simclr_pl.cli import _MONITORS
+from simclr_pl.training_cli import _MONITORS
 
 OFTEN: dict[str, dict[str, Any]] = {"collapse": {"every_n_steps": 3}}
 

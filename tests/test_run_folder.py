@@ -17,7 +17,8 @@ from tiny import tiny_fit
 
 from simclr_pl.callbacks import ExactCheckpoint
 from simclr_pl.cli import main
-from simclr_pl.run_folder import MetricsTable, Resumed, find_resumed, rewind, wandb_run
+from simclr_pl.run_folder import MetricsTable, Resumed, find_resumed, rewind
+from simclr_pl.trackers import wandb_run
 
 CONFIG = """
 name: run

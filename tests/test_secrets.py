@@ -1,11 +1,13 @@
 """Which keys are secret, and that the values reach no file of a run."""
 
 import enum
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import wandb
 from tiny import tiny_model
 from torch import nn
 
@@ -93,6 +95,8 @@ def test_a_run_uses_the_secret_and_writes_it_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOME_PASSWORD", "hunter2-environment")
+    words = ["simclr", "fit", "--model.encoder.hub_token", "hunter2-words"]  # wandb keeps them
+    monkeypatch.setattr(sys, "argv", words)
     config = tmp_path / "given.yaml"
     config.write_text("""
 data: {source: Digits, bank_size: 60}
@@ -105,6 +109,7 @@ trainer: {accelerator: cpu, max_steps: 2, enable_progress_bar: false}
 """)
     root = tmp_path / "runs"
     main(["fit", "--config", str(config), "--trainer.default_root_dir", str(root)])
+    wandb.finish()  # all is written
     assert Hub.seen == "hunter2-config"
     files = [file for file in root.rglob("*") if file.is_file()]
     assert {"config.yaml", "hparams.yaml", "last.ckpt"} <= {file.name for file in files}

@@ -9,6 +9,7 @@ from simclr_pl.callbacks.knn import KNNMonitor
 from simclr_pl.callbacks.online_probe import OnlineLinearProbe
 from simclr_pl.callbacks.pictures import Pictures
 from simclr_pl.callbacks.preemption import Preemption
+from simclr_pl.callbacks.run_report import RunReport
 from simclr_pl.callbacks.run_summary import RunSummary
 from simclr_pl.callbacks.throughput import ThroughputMonitor
 from simclr_pl.callbacks.watchdog import Watchdog
@@ -23,6 +24,7 @@ __all__ = [
     "OnlineLinearProbe",
     "Pictures",
     "Preemption",
+    "RunReport",
     "RunSummary",
     "ThroughputMonitor",
     "Watchdog",

@@ -9,13 +9,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from simclr_pl import metrics
+from simclr_pl.callbacks.tracking import log_histogram
 from simclr_pl.distributed import gather_rows, rank, world_size
 from simclr_pl.errors import InputError
 
@@ -141,9 +140,9 @@ class CollapseMonitor(Callback):
         epoch = trainer.current_epoch
         for logger in trainer.loggers:
             logger.log_metrics({**values, "epoch": epoch}, step)
-            _log_histogram(logger, "collapse/positives", positive, step)
-            _log_histogram(logger, "collapse/negatives", negative, step)
             logger.save()
+        log_histogram(trainer.loggers, "collapse/positives", positive, step)
+        log_histogram(trainer.loggers, "collapse/negatives", negative, step)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             line = {"step": step, "epoch": epoch, "positive": positive, "negative": negative}
@@ -186,26 +185,3 @@ def _measure(h: Tensor, z: Tensor) -> dict[str, Tensor]:
         "collapse/uniformity": torch.stack([metrics.uniformity(view) for view in z]).mean(),
         "collapse/top1": metrics.contrastive_top1(z),
     }
-
-
-def _log_histogram(logger: Logger, name: str, counts: list[int], step: int) -> None:
-    """To the trackers that show histograms."""
-    edges = np.linspace(-1, 1, len(counts) + 1)
-    if isinstance(logger, WandbLogger):
-        import wandb
-
-        histogram = wandb.Histogram(np_histogram=(np.array(counts), edges))
-        logger.log_metrics({name: histogram}, step)  # type: ignore[dict-item]
-    elif isinstance(logger, TensorBoardLogger):
-        middle = (edges[1:] + edges[:-1]) / 2
-        logger.experiment.add_histogram_raw(
-            name,
-            min=-1,
-            max=1,
-            num=sum(counts),
-            sum=float(counts @ middle),
-            sum_squares=float(counts @ middle**2),
-            bucket_limits=edges[1:].tolist(),
-            bucket_counts=counts,
-            global_step=step,
-        )

@@ -1,7 +1,7 @@
 """Pictures of a run: views, nearest neighbours, and a map of the features.
 
 Symbols: B images on this rank, V views, C channels, S side of a view, E feature width, M images of a
-set, n points of the map, k neighbours.
+set, n points of the map, k neighbours, K classes.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch import Tensor
 
 from simclr_pl.callbacks.drawing import Shown, draw_map, draw_neighbours, draw_views
+from simclr_pl.callbacks.map_points import (
+    SEED,
+    draw_thumbnails,
+    nearest_among,
+    query_table,
+    spread_over_classes,
+)
 from simclr_pl.callbacks.projection import mirrored_as, project_pca, project_umap
+from simclr_pl.callbacks.tracking import log_picture, log_table
 from simclr_pl.distributed import gather_uneven_rows, rank
 from simclr_pl.errors import InputError
 from simclr_pl.keyed_random import Stream, permutation
 from simclr_pl.neighbours import find_neighbours, normalised_half
-
-_SEED = 2002  # which images are shown is the same in every run
 
 
 class Pictures(Callback):
@@ -34,7 +39,9 @@ class Pictures(Callback):
     ``neighbours_<step>.png``: sample query images and the bank images nearest to them.
     ``map_<step>.png``: query images as points, near each other where their features are.
     ``map.npz``: the numbers behind the latest map, ``xy`` (n, 2) float32, ``label`` and ``index`` (n,)
-    int64, ``step``.
+    int64, ``step``; ``neighbours`` (n, k) int64, the points nearest to each by their features, and
+    their cosine ``similarity`` (n, k) float32; ``classes`` (K,) and ``axes`` (2,), names.
+    ``map_thumbnails.jpg``: its images, row by row in a square grid; each is read once in a run.
 
     Neighbours and map are drawn at each validation, from the features of the clean view in evaluation
     mode, scaled to length 1. The same images are shown in every run, at any number of ranks; a map's
@@ -77,6 +84,7 @@ class Pictures(Callback):
                 "`pip install 'simclr_pl[umap]'`, or set `pictures.projection` to pca."
             )
         self._previous: dict[str, Tensor] = {}  # index (n,) and xy (n, 2) of the latest map
+        self._pictured: Tensor | None = None  # index (n,) of the thumbnails
         self._bank: list[tuple[Tensor, Tensor]] = []
         self._points: list[tuple[Tensor, Tensor]] = []
         self._wanted: Tensor | None = None
@@ -121,7 +129,7 @@ class Pictures(Callback):
             return
         count = len(trainer.datamodule.images("query"))  # type: ignore[attr-defined]
         wanted = np.zeros(count, bool)
-        wanted[permutation(count, _SEED, Stream.SAMPLE)[: self.max_points]] = True
+        wanted[permutation(count, SEED, Stream.SAMPLE)[: self.max_points]] = True
         self._wanted = torch.from_numpy(wanted).to(pl_module.device)
 
     def on_validation_batch_end(  # type: ignore[override]
@@ -212,8 +220,26 @@ class Pictures(Callback):
         names = _class_names(trainer.datamodule)  # type: ignore[attr-defined]
         self._publish(trainer, f"map_{step}", draw_map(xy, label, names, axes, step), "map")
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            file = self._folder / "map.npz"
-            np.savez(file, xy=xy, label=label, index=index.numpy(), step=step)
+            nearest, similarity = nearest_among(points, self.n_neighbours)
+            numbers: dict[str, Any] = {
+                "xy": xy,
+                "label": label,
+                "index": index.numpy(),
+                "step": step,
+            }
+            numbers |= {"neighbours": nearest, "similarity": similarity}
+            np.savez(self._folder / "map.npz", **numbers, classes=names, axes=axes)
+            self._draw_thumbnails(trainer, index)
+            table = query_table(xy, label, index.numpy(), nearest, similarity, names)
+            log_table(trainer.loggers, "pictures/queries", table, _row(trainer))
+
+    def _draw_thumbnails(self, trainer: Trainer, index: Tensor) -> None:
+        if self._pictured is not None and torch.equal(self._pictured, index):
+            return  # decoding them takes longer than all of the map
+        self._pictured = index
+        images = trainer.datamodule.images("query")  # type: ignore[attr-defined]
+        sheet = draw_thumbnails(_read(images, i) for i in index.tolist())
+        Image.fromarray(sheet).save(self._folder / "map_thumbnails.jpg", quality=85)
 
     def _publish(self, trainer: Trainer, name: str, picture: np.ndarray, tag: str) -> None:
         """Writes a picture (H, W, 3) and hands it to the trackers."""
@@ -222,13 +248,7 @@ class Pictures(Callback):
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{name}.png"
         Image.fromarray(picture).save(path)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image(f"pictures/{tag}", [str(path)], step=trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(
-                    f"pictures/{tag}", picture, trainer.global_step, dataformats="HWC"
-                )
+        log_picture(trainer.loggers, f"pictures/{tag}", picture, path, _row(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """The latest map, which the next one's axes follow."""
@@ -239,28 +259,9 @@ class Pictures(Callback):
         self._previous = dict(state_dict)
 
 
-def spread_over_classes(label: np.ndarray, count: int) -> np.ndarray:
-    """Positions of images that show as many classes as possible.
-
-    Args:
-        label: (n,) int64, -1 where there is none.
-        count: positions wanted.
-
-    Returns:
-        (<= count,) int64 positions, of labelled images if there are any, sorted by class.
-    """
-    order = permutation(len(label), _SEED, Stream.SAMPLE)
-    if (label >= 0).any():
-        order = order[label[order] >= 0]
-    classes = np.unique(label[order])
-    if len(classes) > count:  # some classes from the whole range
-        classes = classes[np.linspace(0, len(classes) - 1, count).round().astype(int)]
-    members = [order[label[order] == k] for k in classes]
-    rounds = [
-        m[i] for i in range(count) for m in members if i < len(m)
-    ]  # one of each, again and again
-    chosen = np.array(rounds[:count], np.int64)
-    return chosen[np.argsort(label[chosen], kind="stable")]
+def _row(trainer: Trainer) -> int:
+    """The step of the numbers of the same moment, as in metrics.csv: the first update is 0."""
+    return max(trainer.global_step - 1, 0)
 
 
 def _as_pixels(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

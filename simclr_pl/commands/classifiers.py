@@ -86,6 +86,8 @@ def _base(subject: Subject, with_projector: bool) -> dict[str, Any]:
             "encoder": {"class_path": "simclr_pl.models.Encoder", "init_args": options}
         }
         state: dict[str, Any] = {}
+    elif subject.checkpoint.suffix == ".safetensors":  # of `simclr export` or `simclr import`
+        recipe, state = {"encoder": subject.recipe}, {}
     else:
         content = read_checkpoint(subject.checkpoint)
         recipe = recipe_of(subject.checkpoint, content.get("hyper_parameters", {}), subject.config)

@@ -43,14 +43,14 @@ def distill(
     (section 3): crops and flips, LARS, a warm-up and a cosine. The student is saved beside the result,
     NAME.distill.ckpt, as `simclr finetune` saves the teacher. For example:
 
-    simclr distill runs/simclr/version_0/checkpoints/last.finetune.ckpt --student resnet18
+        simclr distill runs/simclr/version_0/checkpoints/last.finetune.ckpt --student resnet18
 
     Args:
         teacher: A checkpoint that `simclr finetune` or `simclr distill` wrote.
         student: The student's architecture: same for the teacher's, without its projector; a model of
             timm or torchvision; or a checkpoint or a run's folder.
-        dataset: A folder of images, a packed folder, a YAML config, or the name of a source; by default
-            that of the teacher.
+        dataset: A folder of images, a packed folder, a YAML config or its name, or the name of a source;
+            by default that of the teacher.
         temperature: That divides the logits of both. The paper has 0.1 for a student that is the same,
             else 1, and says that it matters little; short trainings want 1.
         labelled_weight: Weight of the cross-entropy with the labels that the teacher was fine-tuned on,

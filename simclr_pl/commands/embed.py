@@ -38,11 +38,14 @@ def embed(
     constant however large the set is, and with several devices there still is one file, in the images'
     order.
 
+    For example:
+
+        simclr embed runs/simclr/version_0 --split train --out photos.parquet
+
     Args:
-        subject: A checkpoint of `simclr fit`, a run's folder, or a model of timm or torchvision. For
-            example: simclr embed runs/simclr/version_0 --split train --out photos.parquet
-        dataset: A folder of images, a packed folder, a YAML config, or the name of a source; by default
-            the run's own.
+        subject: A checkpoint of `simclr fit`, a run's folder, or a model of timm or torchvision.
+        dataset: A folder of images, a packed folder, a YAML config or its name, or the name of a source;
+            by default the run's own.
         split: Which images: query, those to evaluate on; bank, the labelled training images; train, all
             training images.
         out: The file, ending in .parquet or .npz; by default <checkpoint>.<split>.parquet beside the

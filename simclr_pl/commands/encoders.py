@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from torch import nn
 
 from simclr_pl.augment import Augment
+from simclr_pl.commands.encoder_file import read_encoder
 from simclr_pl.commands.recipes import build_model, read_checkpoint, recipe_of, run_of
 from simclr_pl.data import ContrastiveDataModule, Source
 from simclr_pl.data.commands import source_of
@@ -38,12 +39,15 @@ class Subject:
         encoder: maps images (n, C, S, S) to features (n, E), with an integer ``num_features``, E.
         build: makes the same architecture anew, randomly initialised: the encoder and, if the
             checkpoint has one, the projector.
-        projector: maps features (n, E) to projections; None for an encoder by name.
+        projector: maps features (n, E) to projections; None for an encoder by name or in a file.
         checkpoint: the file it came from.
         run: the folder of the run that trained it.
         config: the run's config.yaml.
         step: optimiser steps that it was trained for.
-        normalisation: mean and standard deviation that published weights expect.
+        normalisation: mean and standard deviation that the weights expect, for those without a run.
+        recipe: ``class_path`` and ``init_args`` of the encoder, as far as they are known.
+        size: side of a view in pixels that an encoder's file asks for.
+        tuned: the weights have seen labels since: those of `simclr finetune` and `simclr distill`.
     """
 
     name: str
@@ -55,6 +59,9 @@ class Subject:
     config: dict[str, Any] | None = None
     step: int = 0
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    recipe: dict[str, Any] | None = None
+    size: int | None = None
+    tuned: bool = False
 
     def fresh(self) -> nn.Module:
         """The same architecture at initialisation, with the seed 0."""
@@ -72,8 +79,9 @@ def load_subject(what: str, pretrained: bool = False, in_channels: int = 3) -> S
     """Loads what a command was given.
 
     Args:
-        what: a checkpoint of `simclr fit`, the folder of a run (its last checkpoint is taken), or the
-            name of a model of timm or torchvision.
+        what: a checkpoint of `simclr fit`, the folder of a run (its last checkpoint is taken), an
+            encoder's file or folder of `simclr export` or `simclr import`, or the name of a model of
+            timm or torchvision.
         pretrained: for a name, load the published weights.
         in_channels: for a name, channels of the images, C.
 
@@ -82,17 +90,24 @@ def load_subject(what: str, pretrained: bool = False, in_channels: int = 3) -> S
     """
     path = Path(what)
     if path.is_dir():
-        found = [f for f in (path / "checkpoints/last.ckpt", path / "last.ckpt") if f.is_file()]
+        names = ("checkpoints/last.ckpt", "last.ckpt", "model.safetensors")
+        found = [path / name for name in names if (path / name).is_file()]
         if not found:
             raise InputError(
                 f"a run's folder must hold checkpoints/last.ckpt; got {what!r} without. Give the "
                 "checkpoint's file."
             )
         path = found[0]
+    if path.suffix == ".safetensors" and path.is_file():
+        return _from_encoder_file(what, path)
     if path.is_file():
         return _from_checkpoint(what, path)
     is_name = what.split("/")[0] in _LIBRARIES or "/" not in what
-    if path.suffix in (".ckpt", ".pt", ".pth") or not is_name or os.sep in what.partition("/")[2]:
+    if (
+        path.suffix in (".ckpt", ".pt", ".pth", ".safetensors")
+        or not is_name
+        or os.sep in what.partition("/")[2]
+    ):
         raise InputError(
             f"a checkpoint or a run's folder must exist; got {what!r}. Check the path."
         )
@@ -121,6 +136,26 @@ def _from_checkpoint(name: str, path: Path) -> Subject:
         run=run,
         config=config,
         step=int(content.get("global_step", 0)),
+        recipe=_as_recipe(recipe["encoder"]),
+        tuned="classifier" in content,
+    )
+
+
+def _as_recipe(encoder: str | dict[str, Any]) -> dict[str, Any]:
+    return {"class_path": encoder} if isinstance(encoder, str) else encoder
+
+
+def _from_encoder_file(name: str, path: Path) -> Subject:
+    content = read_encoder(path)
+    return Subject(
+        name=name,
+        encoder=content.encoder,
+        build=lambda: (content.build(), None),
+        checkpoint=path,
+        step=content.step,
+        normalisation=content.normalisation,
+        recipe=content.recipe,
+        size=content.size,
     )
 
 
@@ -144,7 +179,16 @@ def _by_name(name: str, pretrained: bool, in_channels: int) -> Subject:
             tuple(published.get("mean", plain.mean)),
             tuple(published.get("std", plain.std)),
         )
-    return Subject(name=name, encoder=encoder, build=build, normalisation=normalisation)
+    return Subject(
+        name=name,
+        encoder=encoder,
+        build=build,
+        normalisation=normalisation,
+        recipe={
+            "class_path": "simclr_pl.models.Encoder",
+            "init_args": {"name": name, "in_channels": in_channels},
+        },
+    )
 
 
 # The data.
@@ -181,7 +225,7 @@ def data_for(
         InputError: there is no data set, or its channels do not fit the encoder.
     """
     source = source or source_for(subject, dataset)
-    channels = _channels(subject.encoder)
+    channels = image_channels(subject.encoder)
     if channels is not None and channels != source.channels:
         remedy = "`grey: true`" if channels == 1 else "`grey: false`"
         raise InputError(
@@ -219,7 +263,8 @@ def source_for(subject: Subject, dataset: str | None) -> Source:
 def clean_views(subject: Subject, source: Source, size: int | None = None) -> Augment:
     """The augmentation whose clean views an encoder is to see: size, normalisation and cut.
 
-    It is that of the run, also where the images are others; for an encoder by name the source's default.
+    It is that of the run, also where the images are others; for an encoder by name the source's default;
+    for an encoder's file that too, but for what the file says.
 
     Args:
         subject: the encoder.
@@ -231,14 +276,15 @@ def clean_views(subject: Subject, source: Source, size: int | None = None) -> Au
     """
     if size is not None and size < 2:
         raise InputError(f"`size` must be >= 2; got {size}. Set `--size`.")
-    augment = copy.copy(_augment_of_run(subject) or source.default_augment())
-    augment.size = size or augment.size
+    augment = copy.copy(augment_of_run(subject) or source.default_augment())
+    augment.size = size or subject.size or augment.size
     if subject.normalisation is not None:
         augment.mean, augment.std = subject.normalisation
     return augment
 
 
-def _augment_of_run(subject: Subject) -> Augment | None:
+def augment_of_run(subject: Subject) -> Augment | None:
+    """The augmentation of the run that trained an encoder; None where there is no run."""
     if subject.config is None or subject.run is None:
         return None
     parser = ArgumentParser(exit_on_error=False)
@@ -258,7 +304,7 @@ def frozen(encoder: nn.Module) -> SimCLR:
     return SimCLR(encoder, nn.Identity())
 
 
-def _channels(encoder: nn.Module) -> int | None:
+def image_channels(encoder: nn.Module) -> int | None:
     """C, of the first convolution; None where there is none."""
     convs = (module for module in encoder.modules() if isinstance(module, nn.Conv2d))
     return next((conv.in_channels for conv in convs), None)

@@ -1,46 +1,257 @@
-"""`simclr export`: an encoder's weights as safetensors, which hold numbers and run nothing."""
+"""`simclr export`: an encoder for other programs, in the format that they read.
 
+Symbols: B images, C channels, S side in pixels, E feature width.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from simclr_pl.commands.encoders import load_subject
-from simclr_pl.durable import publish, temporary_of
+from simclr_pl.augment import Augment
+from simclr_pl.commands.encoder_file import KEY, named_part, save_encoder
+from simclr_pl.commands.encoders import Subject, augment_of_run, image_channels, load_subject
+from simclr_pl.commands.model_card import native_timm_name, write_folder_texts
+from simclr_pl.durable import flush, publish, temporary_of
 from simclr_pl.errors import InputError
-from simclr_pl.models import Encoder
+
+Format = Literal["safetensors", "onnx", "torch", "huggingface"]
+Run = Callable[[Tensor], Tensor]
+_ENDINGS = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2", "huggingface": ""}
+_TOLERANCE = 1e-4  # of the largest feature: float32 in another order of sums is 1e-6 to 1e-5
 
 
-def export(subject: str, out: str | None = None, pretrained: bool = False) -> None:
-    """Write an encoder's weights to a safetensors file.
+def export(
+    subject: str, format: Format = "safetensors", out: str | None = None, pretrained: bool = False
+) -> None:
+    """Write an encoder in a format of other programs.
 
-    The tensors have the names of timm or torchvision where the encoder is a model of theirs; the
-    classifier, which SimCLR has none of, is left out. The file is read back and compared.
+    What was written is loaded again, and its features are compared with those of the checkpoint; where
+    they differ, nothing is left. Images go in normalised, and each format says by what mean and standard
+    deviation. The classifier, which SimCLR has none of, is left out.
 
     Args:
-        subject: A checkpoint of `simclr fit`, a run's folder, or a model of timm or torchvision. For
-            example: simclr export runs/simclr/version_0
-        out: The file; by default <checkpoint>.safetensors beside the checkpoint, or <name>.safetensors.
+        subject: RUN, a model of timm or torchvision by name, or a file of `simclr import`. For example:
+            simclr export RUN --format onnx
+        format: "safetensors", the weights under the names of timm or torchvision; "onnx"; "torch", a
+            program of torch.export; "huggingface", a folder with weights, configuration and model card.
+            "onnx" and "torch" take any number of images of the size of the run's views.
+        out: The file or the folder; by default beside the checkpoint, as <checkpoint>.safetensors,
+            <checkpoint>.onnx, <checkpoint>.pt2 or <checkpoint>-huggingface.
         pretrained: Load the published weights of a model by name.
     """
-    if out is not None and not (out.endswith(".safetensors") and _is_in_a_folder(out)):
-        raise InputError(
-            f"`out` must end in .safetensors and lie in a folder that exists; got {out!r}. Set `--out`."
-        )
+    if format == "onnx":
+        _require_onnx()
     model = load_subject(subject, pretrained)
-    stem = model.checkpoint.with_suffix("") if model.checkpoint else subject.replace("/", "-")
-    file = Path(out or f"{stem}.safetensors")
-    encoder = model.encoder.model if isinstance(model.encoder, Encoder) else model.encoder
-    weights = {name: value.contiguous() for name, value in encoder.state_dict().items()}
-    about = {"format": "pt", "num_features": str(model.num_features), "step": str(model.step)}
-    save_file(weights, temporary_of(file), about)
-    saved = load_file(temporary_of(file))
-    assert saved.keys() == weights.keys()
-    assert all(torch.equal(saved[name], value) for name, value in weights.items())
-    publish(temporary_of(file), file)
-    count = sum(value.numel() for value in weights.values())
-    print(f"{len(weights)} tensors of {count:,} numbers, as in {subject}, are in {file}")
+    target = _target(model, format, out)
+    views = _views_of(model)
+    about = _about(model, views)
+    encoder = copy.deepcopy(model.encoder).float().eval().requires_grad_(False)
+    encoder = encoder.cpu().to(memory_format=torch.contiguous_format)  # torch.export's own order
+    temporary = temporary_of(target)
+    _remove(temporary)  # what is left of a process that was killed
+    try:
+        differences = {
+            name: _difference(encoder, run, about, name)
+            for name, run in _write(format, temporary, model, encoder, views, about)
+        }
+        for file in temporary.iterdir() if temporary.is_dir() else ():
+            flush(file)
+        publish(temporary, target)
+    finally:
+        _remove(temporary)
+    count = sum(p.numel() for p in encoder.parameters())
+    mean, std = ([round(x, 4) for x in about["normalisation"][k]] for k in ("mean", "std"))
+    print(f"{type(model.encoder).__name__} with {count:,} parameters, of {subject}, is in {target}")
+    print(f"takes pixels in [0, 1], less {mean}, divided by {std}; {about['size']} pixels a side")
+    for name, difference in differences.items():
+        print(f"largest difference of features, {name} to checkpoint: {difference:.1e}")
 
 
-def _is_in_a_folder(path: str) -> bool:
-    return Path(path).absolute().parent.is_dir()
+def _require_onnx() -> None:
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"`format` onnx needs onnx, onnxruntime and onnxscript; got no {', '.join(missing)}. Run "
+            "`pip install 'simclr_pl[onnx]'`."
+        )
+
+
+def _target(model: Subject, format: Format, out: str | None) -> Path:
+    stem = model.checkpoint.with_suffix("") if model.checkpoint else model.name.replace("/", "-")
+    ending = _ENDINGS[format]
+    target = Path(out or f"{stem}{ending or '-huggingface'}")
+    if not (target.name.endswith(ending) and target.absolute().parent.is_dir()):
+        must = f"end in {ending} and " if ending else ""
+        raise InputError(
+            f"`out` must {must}lie in a folder that exists; got {str(target)!r}. Set `--out`."
+        )
+    if model.checkpoint is not None and target.exists() and target.samefile(model.checkpoint):
+        raise InputError(
+            f"`out` must be another file than what is exported; got {str(target)!r}. Set `--out`."
+        )
+    if target.is_dir() and any(target.iterdir() if format == "huggingface" else [target]):
+        what = "a new or an empty folder" if format == "huggingface" else "a file"
+        raise InputError(
+            f"`out` must be {what}; got {str(target)!r}, where something is. Move it, or set `--out`."
+        )
+    if format == "huggingface" and target.is_file():
+        raise InputError(f"`out` must be a folder; got the file {str(target)!r}. Set `--out`.")
+    return target
+
+
+def _views_of(model: Subject) -> Augment:
+    """Size, normalisation and cut of the clean views that an encoder is to see."""
+    views = copy.copy(augment_of_run(model) or Augment())
+    if model.run is None:
+        published = getattr(named_part(model.encoder), "pretrained_cfg", {})
+        views.size = model.size or int(published.get("input_size", (views.size,))[-1])
+    if model.normalisation is not None:
+        views.mean, views.std = model.normalisation
+    channels = image_channels(model.encoder) or len(views.mean)
+    # One number serves all channels; grey images have the mean of ImageNet's, for want of their own.
+    for name in ("mean", "std"):
+        values = getattr(views, name)
+        if len(values) != channels:
+            setattr(views, name, (sum(values) / len(values),) * channels)
+    return views
+
+
+def _about(model: Subject, views: Augment) -> dict[str, Any]:
+    """What every format says of an encoder, as plain values: see `encoder_file`."""
+    encoder, recipe = type(model.encoder), dict(model.recipe or {})
+    if encoder.__module__.startswith("simclr_pl."):  # by its full name, wherever the run found it
+        recipe["class_path"] = f"{encoder.__module__}.{encoder.__qualname__}"
+    source = model.name
+    if model.checkpoint is not None:  # the end of its path: the rest is of this machine alone
+        parts = [*(model.run.parts[-2:] if model.run else ()), model.checkpoint.name]
+        source = "/".join(parts)
+    return {
+        "encoder": recipe,
+        "normalisation": {"mean": list(views.mean), "std": list(views.std)},
+        "source": source,
+        "step": model.step,
+        "size": views.size,
+    }
+
+
+# The formats. Each writes, loads what it wrote, and yields a name for that and what makes features.
+
+
+def _write(
+    format: Format,
+    file: Path,
+    model: Subject,
+    encoder: nn.Module,
+    views: Augment,
+    about: dict[str, Any],
+) -> Iterator[tuple[str, Run]]:
+    if format == "onnx":
+        yield "onnxruntime", _onnx(file, encoder, about)
+    elif format == "torch":
+        yield "torch.export", _torch_program(file, encoder, about)
+    elif format == "safetensors":
+        save_encoder(file, model.encoder, about)
+        yield "file", _reloaded(file, model)
+    else:
+        file.mkdir()
+        save_encoder(file / "model.safetensors", model.encoder, about)
+        write_folder_texts(file, model, views, about)
+        yield "file", _reloaded(file / "model.safetensors", model)
+        if native_timm_name(model):
+            import timm
+
+            yield "timm", timm.create_model(f"local-dir:{file}", pretrained=True).eval()
+
+
+def _reloaded(file: Path, model: Subject) -> Run:
+    encoder = model.fresh().cpu()
+    named_part(encoder).load_state_dict(load_file(file))
+    return encoder.float().eval()
+
+
+def _program(encoder: nn.Module, about: dict[str, Any]) -> torch.export.ExportedProgram:
+    """The encoder for any B; from an example of 2 images, since 0 and 1 would be taken as fixed."""
+    example = torch.zeros(2, len(about["normalisation"]["mean"]), about["size"], about["size"])
+    try:
+        with torch.no_grad():
+            batch = torch.export.Dim("batch")
+            return torch.export.export(encoder, (example,), dynamic_shapes=({0: batch},))
+    except Exception as error:  # of many kinds, from the encoder and from the tracer
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"an encoder must be one that torch.export can trace for any batch; got {line} "
+            "Set `--format safetensors`."
+        ) from error
+
+
+def _torch_program(file: Path, encoder: nn.Module, about: dict[str, Any]) -> Run:
+    with file.open("wb") as stream:
+        torch.export.save(
+            _program(encoder, about), stream, extra_files={f"{KEY}.json": json.dumps(about)}
+        )
+    with file.open("rb") as stream:
+        return torch.export.load(stream).module()
+
+
+def _onnx(file: Path, encoder: nn.Module, about: dict[str, Any]) -> Run:
+    import onnxruntime
+
+    traced = _program(encoder, about)
+    with torch.no_grad():
+        program = torch.onnx.export(
+            traced,
+            dynamo=True,
+            dynamic_shapes=({0: "batch"},),  # the name, which the trace has not
+            input_names=["images"],
+            output_names=["features"],
+            verbose=False,
+        )
+    assert program is not None
+    program.model.metadata_props[KEY] = json.dumps(about)
+    program.save(str(file), external_data=False)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(["features"], {"images": x.numpy()})[0])
+
+
+# Parity.
+
+
+def _difference(encoder: nn.Module, run: Run, about: dict[str, Any], name: str) -> float:
+    """The largest absolute difference of features of 1 and of 3 random images.
+
+    Raises:
+        InputError: it is above the tolerance, or no number.
+    """
+    mean, std = (torch.tensor(about["normalisation"][k])[:, None, None] for k in ("mean", "std"))
+    generator = torch.Generator().manual_seed(0)
+    largest = 0.0
+    for n in (1, 3):
+        shape = (n, len(mean), about["size"], about["size"])
+        pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        images = (pixels / 255 - mean) / std
+        with torch.no_grad():
+            expected, received = encoder(images), run(images)
+        difference = float((expected - received).abs().max())
+        if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
+            raise InputError(
+                f"an export must give the features of its checkpoint; got a difference of "
+                f"{difference:.1e} from {name} for {n} images. Nothing is written; try another "
+                "`--format`."
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

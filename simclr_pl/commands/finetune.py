@@ -59,15 +59,15 @@ def finetune(
     saved beside the result, NAME.finetune.ckpt; every command takes it, and `simclr distill` learns from
     it. For example, as SimCLRv2 with a three-layer projector:
 
-    simclr finetune runs/simclr/version_0 --fraction 0.01 --projector_layers 1
+        simclr finetune runs/simclr/version_0 --fraction 0.01 --projector_layers 1
 
     Args:
         subject: A checkpoint of `simclr fit`, a run's folder, or a model of timm or torchvision.
         fraction: Share of the labels of each class, at least one image of each; the same images in every
             run of the same seed.
         files: A text file with the names of the labelled images, one a line, in place of the fraction.
-        dataset: A folder of images, a packed folder, a YAML config, or the name of a source; by default
-            the run's own.
+        dataset: A folder of images, a packed folder, a YAML config or its name, or the name of a source;
+            by default the run's own.
         projector_layers: Linear layers of the projector to keep under the new head.
         epochs: By default 60 up to 5 % of the labels or with a list of files, else 30, as the paper has;
             or as many as make 300 steps, where the labels are few.

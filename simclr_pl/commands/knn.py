@@ -39,11 +39,14 @@ def knn(
     training images vote for, each with the weight exp(cosine / temperature). One search serves all k and
     temperatures. The best of them is chosen on the query images, the baselines' too.
 
+    For example:
+
+        simclr knn runs/simclr/version_0 --k [20,200]
+
     Args:
-        subject: A checkpoint of `simclr fit`, a run's folder, or a model of timm or torchvision. For
-            example: simclr knn runs/simclr/version_0 --k [20,200]
-        dataset: A folder of images, a packed folder, a YAML config, or the name of a source; by default
-            the run's own.
+        subject: A checkpoint of `simclr fit`, a run's folder, or a model of timm or torchvision.
+        dataset: A folder of images, a packed folder, a YAML config or its name, or the name of a source;
+            by default the run's own.
         k: Numbers of neighbours.
         temperature: Of the votes; lower ones listen to the nearest neighbours only.
         baselines: Score the encoder at initialisation and raw pixels (at most 32 x 32 of them, kept in

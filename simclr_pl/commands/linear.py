@@ -62,11 +62,14 @@ def linear(
     alike, chooses among the options; the classifier is then fitted on all of them and scored once. The
     same is done with the encoder at initialisation and with raw pixels.
 
+    For example:
+
+        simclr linear runs/simclr/version_0 --method sgd --epochs 100
+
     Args:
-        subject: A checkpoint of `simclr fit`, a run's folder, or a model of timm or torchvision. For
-            example: simclr linear runs/simclr/version_0 --method sgd --epochs 100
-        dataset: A folder of images, a packed folder, a YAML config, or the name of a source; by default
-            the run's own.
+        subject: A checkpoint of `simclr fit`, a run's folder, or a model of timm or torchvision.
+        dataset: A folder of images, a packed folder, a YAML config or its name, or the name of a source;
+            by default the run's own.
         method: lbfgs is logistic regression over the penalties l2; sgd trains all pairs of lr and
             weight_decay at once, with momentum and a cosine, and needs less memory.
         augment: As the papers do: by SGD on fresh random crops and flips of the images in every epoch.

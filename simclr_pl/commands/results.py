@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +15,7 @@ from simclr_pl.commands.comparison import Compared
 from simclr_pl.commands.encoders import Subject
 from simclr_pl.distributed import all_reduce_sum
 from simclr_pl.errors import InputError
-from simclr_pl.run_folder import wandb_run
+from simclr_pl.trackers import WandbTracker, trackers_of
 
 
 def table_of(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -88,7 +87,7 @@ def publish(
         subject: the encoder.
         table: what is printed, in order.
         values: what the JSON file holds, beside the subject's name and step; its numbers with a decimal
-            point are logged as ``<command>/<key>``.
+            point are logged as ``results/<command>_<key>``.
         out: the file, in place of `result_file`'s.
         track: trackers that log the numbers, into the run of the training where there is one.
     """
@@ -104,28 +103,14 @@ def publish(
     file = result_file(command, subject, out)
     file.write_text(json.dumps({**head, **values}, indent=2) + "\n")
     console.print(f"Written to {file}")
-    numbers = {f"{command}/{k}": v for k, v in values.items() if isinstance(v, float)}
-    for tracker in track:
-        logger = _logger(tracker, subject)
+    numbers = {f"results/{command}_{k}": v for k, v in values.items() if isinstance(v, float)}
+    folder = subject.run or Path("runs", _plain(subject.name))
+    project = (subject.config or {}).get("name", "simclr")
+    for logger in trackers_of(folder, project, track, purge_step=None, checkpoint=False):
         logger.log_metrics(numbers, subject.step)
         logger.finalize("success")
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, WandbTracker):
             logger.experiment.finish()
-
-
-def _logger(tracker: Tracker, subject: Subject) -> Logger:
-    folder = subject.run or Path("runs", _plain(subject.name))
-    if tracker == "tensorboard":
-        return TensorBoardLogger(folder, name="", version="")
-    folder.mkdir(parents=True, exist_ok=True)
-    project = (subject.config or {}).get("name", "simclr")
-    return WandbLogger(
-        project=project,
-        save_dir=folder,
-        offline=tracker == "wandb-offline",
-        id=wandb_run(folder),
-        resume="allow",
-    )
 
 
 def _plain(name: str) -> str:

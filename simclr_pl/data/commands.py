@@ -4,7 +4,7 @@
 
 - a folder of images, as `ImageFolder` understands it;
 - a packed folder;
-- a YAML config, whose ``data.source`` is taken: one of `configs/`, or a run's `config.yaml`;
+- a YAML config, whose ``data.source`` is taken: a run's `config.yaml`, or one of the package's by name;
 - the name of a source, e.g. ``Digits`` or ``CIFAR10``;
 - the address of a packed set in an object store.
 """
@@ -29,6 +29,7 @@ from simclr_pl.data.shards import Shards, all_shards, is_packed, load_index
 from simclr_pl.data.sources import Source
 from simclr_pl.data.streaming import StreamedShards
 from simclr_pl.errors import InputError
+from simclr_pl.presets import preset_files
 
 _SHOWN = 20  # findings of a kind, or skipped images, that the terminal shows
 
@@ -44,11 +45,16 @@ def pack(
 ) -> None:
     """Shrink the images of a set once and write them as shards that are quick to read.
 
+    For example, to pack a folder and train from it:
+
+        simclr data pack photos packed
+        simclr fit --config imagenet --data.source Shards --data.source.root packed
+
     The same set, options and versions of the libraries give the same bytes, for any number of workers and
     however often the pack was killed. Images that cannot be read are left out, and listed.
 
     Args:
-        src: A folder of images, a packed folder, a YAML config, or the name of a source.
+        src: A folder of images, a packed folder, a YAML config or its name, or the name of a source.
         out: The packed folder; train from it with --data.source Shards --data.source.root OUT. If a
             pack is killed, the same command goes on with it.
         short_side: Images whose shorter side is longer than this, in pixels, are shrunk to it and
@@ -83,8 +89,12 @@ def pack(
 def info(src: str, workers: int | None = None) -> None:
     """Say what a set holds: images, classes, bytes and sizes of each split.
 
+    For example:
+
+        simclr data info photos
+
     Args:
-        src: A folder of images, a packed folder, a YAML config, or the name of a source.
+        src: A folder of images, a packed folder, a YAML config or its name, or the name of a source.
         workers: Processes; by default one for each core.
     """
     source = source_of(src)
@@ -117,12 +127,16 @@ def check(
 ) -> int:
     """Read every image and list what is wrong; the exit code is 1 if any is unusable.
 
+    For example, with every finding in a file:
+
+        simclr data check photos --report findings.json
+
     Unusable are damaged, empty, truncated, too large and unreadable images. Duplicates, also of training
     images in the query split, tiny images and animations are for you to judge. Of a packed set every
     checksum is verified, too.
 
     Args:
-        src: A folder of images, a packed folder, a YAML config, or the name of a source.
+        src: A folder of images, a packed folder, a YAML config or its name, or the name of a source.
         report: A JSON file that gets every finding; the terminal shows the first 20 of each kind.
         tiny: Images with a shorter side below this, in pixels, are listed.
         max_pixels: Images with more are too large, taken for decompression bombs.
@@ -145,10 +159,14 @@ def stats(
 ) -> None:
     """Print the mean and standard deviation of the training images, for data.augment.init_args.
 
+    For example, of a part of them:
+
+        simclr data stats photos --max_images 10000
+
     Every pixel counts the same, before any crop; pixels are within [0, 1].
 
     Args:
-        src: A folder of images, a packed folder, a YAML config, or the name of a source.
+        src: A folder of images, a packed folder, a YAML config or its name, or the name of a source.
         max_images: Take a random sample of so many images; by default all.
         seed: Of that sample.
         workers: Processes; by default one for each core.
@@ -160,13 +178,7 @@ def stats(
         print(f"{name}: [{', '.join(f'{value:.4f}' for value in getattr(found, name))}]")
 
 
-COMMANDS = {
-    "_help": "Pack, describe and check sets of images.",
-    "pack": pack,
-    "info": info,
-    "check": check,
-    "stats": stats,
-}
+COMMANDS = {"check": check, "info": info, "stats": stats, "pack": pack}
 
 
 def source_of(src: str) -> Source:
@@ -184,11 +196,13 @@ def source_of(src: str) -> Source:
         return StreamedShards(src)
     if path.suffix in (".yaml", ".yml"):
         return _built(_source_in(path), src)
+    if src in preset_files():
+        return _built(_source_in(preset_files()[src]), src)
     known = [n for n in simclr_pl.data.__all__ if _is_source(getattr(simclr_pl.data, n))]
     if src not in known and not (src.count(".") and src.replace(".", "").isidentifier()):
         raise InputError(
-            f"`src` must be a folder, a YAML config or a source ({', '.join(known)}); got {src!r}. "
-            "Check the path."
+            f"`src` must be a folder, a YAML config or its name, or a source ({', '.join(known)}); "
+            f"got {src!r}. Check the path."
         )
     return _built(src, src)
 

@@ -14,6 +14,7 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ class Shards(Source):
         self.root = Path(root)
         self.max_pixels = max_pixels
 
+    @cached_property
+    def channels(self) -> int:  # type: ignore[override]
+        """Of the packed images, before the set is opened, too."""
+        return int(load_index(self.root)["channels"])
+
     def open(self) -> None:
         """Reads the index and the labels, and compares the sizes of all shards with the index."""
         index = load_index(self.root)
@@ -58,7 +64,7 @@ class Shards(Source):
                 f"'{self.root}'. Use `StreamedShards`."
             )
         check_sizes(self.root, index)
-        self.channels, self.classes = index["channels"], index["classes"]
+        self.classes = index["classes"]
         self.fingerprint = index["fingerprint"]
         self.train = self.bank = self._images(index["splits"]["train"])
         self.query = self._images(index["splits"]["query"])

@@ -6,7 +6,6 @@ Symbols: n rows, C channels, S side of a view, E feature width, K classes.
 from typing import Any
 
 import torch
-from timm.models import group_parameters
 from torch import Tensor, nn
 
 from simclr_pl.errors import InputError
@@ -109,6 +108,8 @@ def encoder_layers(encoder: nn.Module) -> list[list[nn.Parameter]]:
     own = list(encoder.parameters(recurse=False))
     matcher: Any = getattr(encoder, "group_matcher", None)  # of timm
     if matcher is not None:
+        from timm.models import group_parameters
+
         by_layer = group_parameters(encoder, matcher(coarse=False), return_values=True)
         return [by_layer[i] for i in sorted(by_layer)]
     if len(children) == 1 and not own:  # a wrapper

@@ -1,0 +1,1 @@
+"""The checks of `simclr doctor`: each returns lines to print, or plain measurements."""

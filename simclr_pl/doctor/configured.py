@@ -1,0 +1,77 @@
+"""What `simclr fit` would run with the same arguments, built but not run."""
+
+import io
+import logging
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from simclr_pl.errors import InputError
+from simclr_pl.training_cli import SimCLRCLI
+
+_UNKNOWN = "unrecognized arguments"  # argparse's words for options that do not exist
+
+
+class UnknownOptionError(InputError):
+    """An option of the command line does not exist."""
+
+
+class Configured(SimCLRCLI):
+    """Parses and instantiates, and stops there."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def build(args: list[str]) -> Configured:
+    """Model, data module and trainer of ``simclr fit`` with these arguments.
+
+    Args:
+        args: as those of `fit`.
+
+    Raises:
+        UnknownOptionError: an option does not exist.
+        InputError: a file cannot be read, a value does not fit, or a class does not take it.
+    """
+    said = io.StringIO()
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)  # what Lightning says of devices, `doctor` says itself
+        with redirect_stderr(said), redirect_stdout(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Configured(["fit", *args])
+    except SystemExit as error:
+        reason = _reason(said.getvalue())
+        kind = UnknownOptionError if _UNKNOWN in reason else InputError
+        raise kind(f"{reason}.") from error
+    except InputError:
+        raise
+    except Exception as error:  # what the classes of the config raise
+        remedy = " `simclr doctor` alone lists the devices." if _is_of_devices(error) else ""
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        text = lines[-1] if lines else "no reason given"
+        raise InputError(f"{type(error).__name__}: {text}{remedy}") from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _reason(output: str) -> str:
+    """What the parser said, in one line."""
+    _, _, text = output.rpartition("error: ")
+    return " ".join(text.split()).rstrip(".") or "the arguments cannot be used"
+
+
+def _is_of_devices(error: Exception) -> bool:
+    return isinstance(error, MisconfigurationException)
+
+
+def rows_of(cli: Configured) -> list[tuple[int, int]]:
+    """Number and side in pixels of an image's views, for each size of views."""
+    data: Any = cli.datamodule
+    views = [(data.n_views, data.augment.size)]
+    return [*views, (data.n_small_views, data.small_augment.size)] if data.n_small_views else views
