@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format bench bench-loss bench-batch bench-data bench-knn bench-monitors bench-survival soak clean
+.PHONY: help setup run test check docs format bench bench-loss bench-batch bench-data bench-knn bench-monitors bench-survival soak clean
 
 help: ## List the commands.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 16
@@ -31,10 +31,13 @@ soak: setup ## 100 faults, 200 kills within saves, 100 signals (under ten minute
 	@SIMCLR_TEST_FAULTS=100 SIMCLR_TEST_KILLS=200 SIMCLR_TEST_SIGNALS=100 $(BIN)/python -m pytest -s \
 		tests/test_soak.py tests/test_checkpoint_io.py tests/test_callbacks_preemption.py -k "faults or kills or signal"
 
-check: setup ## Format, lint and types, as CI does.
+check: setup docs ## Format, lint, types and documentation, as CI does.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+docs: setup ## Build the documentation into site/; a warning is an error.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: setup ## Format the code.
 	@$(BIN)/ruff check --fix --quiet .
@@ -75,4 +78,4 @@ $(VENV)/.bench: $(VENV)/.installed
 	@touch $@
 
 clean: ## Remove the environment and caches; runs stay.
-	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache dist build
+	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache dist build site
