@@ -1,12 +1,15 @@
 """Fixtures of all tests."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 # One thread: the ranks and workers of the tests share few cores, and sums keep one order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_SILENT", "true")
+# A shell that starts the tests in the background ignores it, and so would all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
