@@ -45,4 +45,5 @@ def test_committed_outputs_are_whole_small_and_of_no_machine(file: Path) -> None
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=NAMES)
 def test_notebook_runs_and_its_claims_hold(file: Path, tmp_path: Path) -> None:
     place = {"metadata": {"path": str(tmp_path)}}  # its runs go there
-    NotebookClient(nbformat.read(file, 4), timeout=250, resources=place).execute()
+    done = NotebookClient(nbformat.read(file, 4), timeout=250, resources=place).execute()
+    assert all(c.execution_count for c in done.cells if c.cell_type == "code")

@@ -13,12 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from simclr_pl.augment import Augment
 from simclr_pl.commands.imported import Imported
 from simclr_pl.commands.inert_pickle import load_untrusted
 from simclr_pl.errors import InputError
 from simclr_pl.models import Encoder
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 # A word of the prefix of a network that follows the trained one, as its moving average or copy.
 _COPIES = ("momentum", "target", "teacher", "encoder_k", "ema", "swa")
@@ -56,6 +55,7 @@ def read_torch(path: Path, prefix: str | None = None) -> Imported:
     names = networks[chosen]
     weights = {name: tensors[old] for name, old in names.items()}
     options = _architecture(weights, path)
+    usual = Augment()  # ImageNet's
     class_path = "simclr_pl.models.Encoder"
     if options["small_stem"] and (peculiar := _peculiarity(tensors, names, chosen)):
         class_path = "simclr_pl.published_resnets.SmallStemResNet"
@@ -67,7 +67,7 @@ def read_torch(path: Path, prefix: str | None = None) -> Imported:
         class_path=class_path,
         init_args=options,
         weights=weights,
-        normalisation=IMAGENET,
+        normalisation=(usual.mean, usual.std),
         left_out=sorted(tensors.keys() - names.values()),
         step=_step(content),
         remark=remark if skipped else "",
