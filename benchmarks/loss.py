@@ -2,6 +2,7 @@
 
     python benchmarks/loss.py                     time of loss and gradient, one thread, and the ratio
     python benchmarks/loss.py --threads 2
+    python benchmarks/loss.py --variants          each similarity and denominator against plain NT-Xent
     python benchmarks/loss.py --memory            extra peak memory, each in a fresh process
     python benchmarks/loss.py --device cuda       with CUDA events, up to 65,536 images
 
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +74,22 @@ def rivals(device: str) -> dict[str, Loss]:
     return table
 
 
+def variants() -> dict[str, Loss]:
+    """Plain NT-Xent, and every other similarity and denominator; the rows have about 128 as square."""
+    similarities: dict[str, dict[str, Any]] = {
+        "cosine": {"temperature": TEMPERATURE},
+        "euclidean": {"temperature": 2 * TEMPERATURE, "similarity": "euclidean"},
+        "raw": {"temperature": 16.0, "similarity": "euclidean", "normalise": False},
+        "raw, float64": {"temperature": 0.5, "similarity": "euclidean", "normalise": False},
+    }
+    table: dict[str, Loss] = {
+        f"{name}, {denominator}": partial(nt_xent, denominator=denominator, **options)
+        for name, options in similarities.items()
+        for denominator in ("all", "negatives", "both_negatives")
+    }
+    return {"simclr_pl": table.pop("cosine, all"), **table}
+
+
 def seconds(loss: Loss, z: Tensor) -> float:
     """Time of loss and gradient."""
     z.grad = None
@@ -89,7 +107,8 @@ def seconds(loss: Loss, z: Tensor) -> float:
 
 def compare_time(table: dict[str, Loss], device: str, sizes: list[int], budget: float) -> None:
     print("milliseconds of loss and gradient, median (how many times simclr_pl's)")
-    print("      B  " + "".join(f"{name:>22}" for name in table))
+    in_lines = len(table) > 6
+    print("      B  " + ("" if in_lines else "".join(f"{name:>22}" for name in table)))
     dropped: dict[str, list[float]] = {}
     for n_images in sizes:
         z = torch.randn(2, n_images, WIDTH, device=device, requires_grad=True)
@@ -115,7 +134,11 @@ def compare_time(table: dict[str, Loss], device: str, sizes: list[int], budget: 
             else "dropped out"
             for n in table
         ]
-        print(f"{n_images:7d}  " + "".join(f"{cell:>22}" for cell in cells), flush=True)
+        if in_lines:
+            for name, cell in zip(table, cells, strict=True):
+                print(f"{n_images:7d}  {name:32}{cell}", flush=True)
+        else:
+            print(f"{n_images:7d}  " + "".join(f"{cell:>22}" for cell in cells), flush=True)
 
 
 def peak_mib() -> float:
@@ -159,6 +182,7 @@ if __name__ == "__main__":
     parser.add_argument("--sizes", type=int, nargs="+", help="images of a batch, B")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each size")
     parser.add_argument("--rivals", nargs="+", help="simclr_pl and these, by name; default all")
+    parser.add_argument("--variants", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -170,6 +194,6 @@ if __name__ == "__main__":
     elif given.memory:
         compare_memory(given.sizes or [2048, 8192])
     else:
-        table = rivals(given.device)
+        table = variants() if given.variants else rivals(given.device)
         table = {name: table[name] for name in given.rivals or table}
         compare_time(table, given.device, sizes, given.seconds)

@@ -107,7 +107,7 @@ def at_the_end(run: Path) -> Table:
         found = protocol(name.split()[0], last, *options)
         low, high = found["top1_interval"]
         start = found.get("top1_init", found.get("top1_random", 0.0))
-        pixels = share(found["top1_pixels"]) if "top1_pixels" in found else "-"
+        pixels = share(found["top1_raw"]) if "top1_raw" in found else "-"
         table.add_row(
             name, share(found["top1"]), f"{share(low)} to {share(high)}", share(start), pixels
         )

@@ -36,9 +36,10 @@ from simclr_pl.augment import Augment, simclr_cifar, simclr_imagenet
 from simclr_pl.cpu import recycled
 from simclr_pl.crop_kernels import crop_rows
 from simclr_pl.data import ContrastiveDataModule, ImageFolder
-from simclr_pl.data.batches import BatchDataset, Views, to_tensors, with_floats
+from simclr_pl.data.batches import Views, to_tensors, with_floats
+from simclr_pl.data.image_batches import ImageBatches
 from simclr_pl.data.sampler import Draw
-from simclr_pl.data.sources import EncodedReader, ResidentImages, StoredImages
+from simclr_pl.data.sources import EncodedReader, ResidentImages, StoredSamples
 from simclr_pl.image_operations import crop_resize
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -152,7 +153,7 @@ def kornia_from_memory(pixels: Tensor) -> Work:
 
 def ours(images: Any, augment: Augment, ends: str, on_device: bool = False) -> Work:
     """``ends``: "uint8", "float" (compiled), or "torch" (float, by torch alone)."""
-    dataset = BatchDataset(images, [Views(augment, 2)], 0, 3, crop_on_device=on_device)
+    dataset = ImageBatches(images, [Views(augment, 2)], 0, 3, crop_on_device=on_device)
     block = np.arange(len(images))
     epochs = iter(range(10**9))
 
@@ -205,7 +206,7 @@ def photographs(folder: Path, limit: int, budget: float) -> None:
     augment = simclr_imagenet()
     with tempfile.TemporaryDirectory() as packed_folder:
         packed = packed_images(paths, Path(packed_folder))
-        original = StoredImages(Bytes(files), np.zeros(len(files), np.int64))
+        original = StoredSamples(Bytes(files), np.zeros(len(files), np.int64))
         compare(
             f"{len(files)} JPEGs of {folder.name}, 224 pixels, two views",
             {

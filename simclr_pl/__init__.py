@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from simclr_pl.audio_augment import AudioAugment as AudioAugment
     from simclr_pl.augment import Augment as Augment
     from simclr_pl.callbacks import KNNMonitor as KNNMonitor
     from simclr_pl.callbacks import OnlineLinearProbe as OnlineLinearProbe
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
     from simclr_pl.models import Projector as Projector
     from simclr_pl.optim import LARS as LARS
     from simclr_pl.simclr import SimCLR as SimCLR
+    from simclr_pl.text_augment import TextAugment as TextAugment
+    from simclr_pl.text_encoder import TextEncoder as TextEncoder
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "AudioAugment": "audio_augment",
     "Augment": "augment",
     "ContrastiveDataModule": "data",
     "ConvEncoder": "models",
@@ -36,6 +40,8 @@ _MODULE_OF = {
     "Projector": "models",
     "RunSummary": "callbacks",
     "SimCLR": "simclr",
+    "TextAugment": "text_augment",
+    "TextEncoder": "text_encoder",
     "nt_xent": "losses",
 }
 __all__ = sorted(_MODULE_OF)

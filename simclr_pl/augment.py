@@ -11,22 +11,24 @@ Symbols: B images, V views, N = V*B rows, C channels, S side of a view.
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from simclr_pl.augmentation import Augmentation, Rows, Table
+from simclr_pl.crop_kernels import resize
 from simclr_pl.errors import InputError
 from simclr_pl.image_operations import blur, grey, jitter_colour, rotate_shift, to_float
 from simclr_pl.keyed_random import Stream, keys, uniforms
 
-Table = dict[str, Any]  # arrays or tensors by name, and plain numbers that stay on the host
-
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
+_RAW_SIDE = 32  # pixels; larger views are averaged down to this before pixels are compared
 
 
-class Augment:
+class Augment(Augmentation):
     """Random crop, flip, rotation, colour jitter, grey, blur and solarisation, then normalisation.
 
     The order is that of the authors' `data_util.py`; the jitter's four operations come in a random
@@ -37,7 +39,8 @@ class Augment:
         crop_scale: range of the crop's share of the image's area.
         crop_ratio: range of the crop's width / height.
         flip: probability of a horizontal flip.
-        rotation: largest rotation to either side, in degrees; 0 is none, as in the paper.
+        rotation: largest rotation to either side, in degrees, up to 180; 0 is none, as in the paper. What
+            comes in at the corners is black, a tenth of the view at 15 degrees.
         shift: largest shift along each axis, as a fraction of the side; what comes in is black.
         jitter: probability of the colour jitter.
         strength: s of the paper's appendix A: brightness, contrast and saturation change by up to
@@ -53,6 +56,8 @@ class Augment:
     Raises:
         InputError: a probability outside [0, 1], an empty range, or a size < 2.
     """
+
+    raw_name = "raw pixels"
 
     def __init__(
         self,
@@ -121,16 +126,22 @@ class Augment:
     # Drawing: numpy, in the loader.
 
     def draw(
-        self, seed: int, epoch: int, index: np.ndarray, n_views: int, first_view: int = 0
+        self,
+        seed: int,
+        epoch: int,
+        index: np.ndarray,
+        n_views: int,
+        first_view: int | np.ndarray = 0,
     ) -> Table:
         """Draws the parameters of every operation on the cropped views of a batch.
 
         Args:
             seed: of the run.
             epoch: from 0.
-            index: (B,) int64 sample indices.
+            index: (B,) int64 sample indices; (B, V) where the views of a row are of several samples.
             n_views: V.
-            first_view: number of the first of them, part of the key.
+            first_view: number of the first of them, part of the key; (B, V) adds a number of its own
+                to each.
 
         Returns:
             Only the operations that can happen: "angle" degrees (B, V), "shift" pixels right and down
@@ -140,10 +151,10 @@ class Augment:
             (4, V*B) int64 and "jitter_counts", see `jitter_colour`, "grey_rows" and "blur_rows" (n,)
             int64.
         """
+        samples, views = _by_view(index), first_view + np.arange(n_views)
 
         def uniform(stream: Stream, n: int) -> np.ndarray:
-            views = first_view + np.arange(n_views)
-            return uniforms(keys(seed, epoch, stream, index[:, None], views[None, :]), n)
+            return uniforms(keys(seed, epoch, stream, samples, views), n)
 
         table: Table = {}
         if self.rotation or self.shift:
@@ -181,7 +192,7 @@ class Augment:
         n_views: int,
         height: np.ndarray,
         width: np.ndarray,
-        first_view: int = 0,
+        first_view: int | np.ndarray = 0,
     ) -> np.ndarray:
         """Draws the crops of a batch, by the rule of torchvision's RandomResizedCrop.
 
@@ -190,17 +201,16 @@ class Augment:
             epoch: as for `draw`.
             index: as for `draw`.
             n_views: as for `draw`.
-            height: (B,) of the images, in pixels.
-            width: (B,) of the images, in pixels.
+            height: (B,) or (B, V) of the images, in pixels.
+            width: as ``height``.
             first_view: as for `draw`.
 
         Returns:
             (B, V, 5) int64: top, left, height, width, flipped (0 or 1).
         """
-        views = first_view + np.arange(n_views)[None, :]
-        crop_key = keys(seed, epoch, Stream.CROP, index[:, None], views)
-        u = uniforms(crop_key, 2 * _CROP_ATTEMPTS + 2)
-        h_full, w_full = height[:, None, None], width[:, None, None]
+        samples, views = _by_view(index), first_view + np.arange(n_views)
+        u = uniforms(keys(seed, epoch, Stream.CROP, samples, views), 2 * _CROP_ATTEMPTS + 2)
+        h_full, w_full = _by_view(height)[..., None], _by_view(width)[..., None]
         low, high = self.crop_scale
         area = (low + (high - low) * u[..., :_CROP_ATTEMPTS]) * h_full * w_full
         low, high = np.log(self.crop_ratio)
@@ -221,7 +231,7 @@ class Augment:
         left = np.where(
             fallback, (w_full - w) // 2, (u[..., -1] * (w_full - w + 1)).astype(np.int64)
         )
-        flip_key = keys(seed, epoch, Stream.FLIP, index[:, None], views)
+        flip_key = keys(seed, epoch, Stream.FLIP, samples, views)
         flip = uniforms(flip_key, 1)[..., 0] < self.flip
         return np.stack([top, left, h, w, flip.astype(np.int64)], -1)
 
@@ -230,6 +240,29 @@ class Augment:
         side = np.maximum(1, np.round(np.minimum(height, width) * self.clean_fraction)).astype(int)
         zero = np.zeros_like(side)
         return np.stack([(height - side) // 2, (width - side) // 2, side, side, zero], -1)[:, None]
+
+    # The general way, a row at a time; the data module takes a faster one for images.
+
+    def prepare(self, samples: Sequence[Any], rows: Rows | None) -> Table:
+        """Crops opened images, which have `height`, `width` and `pixels()` (H, W, C) uint8."""
+        height, width = (np.array([getattr(s, n) for s in samples]) for n in ("height", "width"))
+        if rows is None:
+            crops, table = self.clean_crops(height, width), {}
+        else:
+            of = (rows.seed, rows.epoch, rows.index, 1)
+            crops = self.draw_crops(*of, height, width, rows.view[:, None])
+            table = self.draw(*of, rows.view[:, None])
+        cut = []
+        for sample, (top, left, h, w, flipped) in zip(samples, crops[:, 0].tolist(), strict=True):
+            crop = sample.pixels()[top : top + h, left : left + w]
+            cut.append(resize(crop, self.size, self.size, bool(flipped)))
+        return {"images": np.stack(cut).transpose(0, 3, 1, 2)[:, None], "drawn": table}
+
+    def finish(self, table: Table) -> Tensor:
+        """Colours what `prepare` cropped."""
+        if table["drawn"]:
+            return self.apply(table["images"], table["drawn"])
+        return self.normalise(to_float(table["images"][:, 0]))
 
     # Applying: torch, on any device.
 
@@ -296,6 +329,23 @@ class Augment:
     def _blur_radius(self) -> int:
         """Of the window, in pixels: a twentieth of the side, or 3 sigma if that is less."""
         return max(1, min(self.size // 10 // 2, math.ceil(3 * self.blur_sigma[1])))
+
+    def raw(self, views: Tensor) -> Tensor:
+        """Pixels (n, C * s * s) float32 of views (n, C, S, S), averaged down to a side s <= 32."""
+        if views.shape[-1] > _RAW_SIDE:
+            views = torch.nn.functional.adaptive_avg_pool2d(views, _RAW_SIDE)
+        return views.flatten(1).float()
+
+    def pictures(self, views: Tensor) -> np.ndarray:
+        """Normalised views (n, C, S, S) as they were before: (n, S, S, C) uint8."""
+        # one number may serve all channels
+        scale, shift = (torch.tensor(v[: views.shape[1]]) for v in (self.std, self.mean))
+        x = views.float().cpu().movedim(1, -1) * scale + shift
+        return x.mul(255).round().clamp(0, 255).byte().numpy()
+
+    def picture_of(self, sample: Any) -> np.ndarray:
+        """The pixels (H, W, C) uint8 of an opened image."""
+        return sample.pixels()  # type: ignore[no-any-return]
 
     def normalise(self, x: Tensor) -> Tensor:
         """Normalises float images (n, C, S, S) in [0, 1], in place."""
@@ -378,6 +428,11 @@ def digits(
         std=std,
         clean_fraction=1.0,
     )
+
+
+def _by_view(value: np.ndarray) -> np.ndarray:
+    """(B,) -> (B, 1); (B, V) as it is."""
+    return value[:, None] if value.ndim == 1 else value
 
 
 def _rows(value: Tensor) -> Tensor:

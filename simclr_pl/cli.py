@@ -56,6 +56,11 @@ _GROUPS: dict[str, dict[str, Verb]] = {
             "simclr knn RUN",
             "simclr_pl.commands.knn:knn",
         ),
+        "similarity": Verb(
+            "Compare the similarity of features of texts with given scores.",
+            "simclr similarity RUN --pairs FILE",
+            "simclr_pl.commands.similarity:similarity",
+        ),
         "finetune": Verb(
             "Train the whole encoder on all or a few labels.",
             "simclr finetune RUN --fraction 0.01",

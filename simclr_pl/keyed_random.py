@@ -36,6 +36,17 @@ class Stream(IntEnum):
     SAMPLE = 11
     LABELS = 12
     HEADS = 13
+    REPLACE = 14
+    CLIP_CROP = 20
+    CLIP_SPEED = 21
+    CLIP_PITCH = 22
+    CLIP_GAIN = 23
+    CLIP_NOISE = 24
+    CLIP_TIME_MASK = 25
+    CLIP_MEL_MASK = 26
+    TEXT_CROP = 30
+    TEXT_DELETION = 31
+    TEXT_PAIRS = 32
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -28,7 +28,7 @@ if torch.backends.mkldnn.is_available():
     _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def _workspace(name: str, like: Tensor, size: int) -> Tensor:
+def workspace(name: str, like: Tensor, size: int) -> Tensor:
     """A flat buffer that lives on between calls: fresh pages cost more than the sums in them."""
     held: dict[object, Tensor] = _memory.__dict__.setdefault("held", {})
     key = (name, like.device, like.dtype)
@@ -103,7 +103,7 @@ class PairTiles:
         self.plan = list(_plan(len(own), len(everything), first, budget))
         self.has_mirrored = any(tile.mirrored for tile in self.plan)
         kept = [tile.kept + _area(tile) for tile in self.plan if tile.kept is not None]
-        self.cache = _workspace("cache", own, max(kept, default=0))
+        self.cache = workspace("cache", own, max(kept, default=0))
 
     # Pass 1.
 
@@ -126,10 +126,10 @@ class PairTiles:
             e = negative = self._exponentials(s, tile)
         else:
             e, negative = self._add_positives_by_id(s, tile, sums)
-        _add(sums.negative, negative, tile, self.first)
+        add_to_rows(sums.negative, negative, tile, self.first)
         if sums.largest_negative is not None and sums.spread is not None:
             _raise_to(sums.largest_negative, negative, tile, self.first)
-            _add(sums.spread, e * s, tile, self.first)
+            add_to_rows(sums.spread, e * s, tile, self.first)
 
     def _similarities(self, tile: Tile) -> Tensor:
         """v_I v_J^T, overwritten by the next product."""
@@ -143,13 +143,13 @@ class PairTiles:
     def _place(self, tile: Tile) -> Tensor:
         area = _area(tile)
         if tile.kept is None:
-            place = _workspace("tile", self.own, area)
+            place = workspace("tile", self.own, area)
         else:
             place = self.cache[tile.kept : tile.kept + area]
         return place.view(tile.rows.stop - tile.rows.start, -1)
 
-    def _clear_own_pairs(self, e: Tensor, tile: Tile) -> Tensor:
-        """Zeroes each row's pair with itself and, without ids, with its positives; in place."""
+    def _clear_own_pairs(self, e: Tensor, tile: Tile, value: float = 0) -> Tensor:
+        """Fills each row's pair with itself and, without ids, with its positives; in place."""
         if not self.first <= tile.columns.start < self.first + len(self.own):
             return e
         n = len(self.own)
@@ -157,7 +157,7 @@ class PairTiles:
         for k in range(1 - n // step, n // step):
             offset = self.first + tile.rows.start + k * step - tile.columns.start
             if -e.shape[0] < offset < e.shape[1]:
-                e.diagonal(offset).zero_()
+                e.diagonal(offset).fill_(value)
         return e
 
     def _is_positive(self, tile: Tile) -> Tensor:
@@ -169,11 +169,11 @@ class PairTiles:
     def _add_positives_by_id(self, s: Tensor, tile: Tile, sums: RowSums) -> tuple[Tensor, Tensor]:
         """Adds the positives of a tile; returns its E and E of its negatives."""
         positive = self._is_positive(tile)
-        _add(sums.positives, positive.to(s.dtype), tile, self.first)
-        _add(sums.similarity, torch.where(positive, s, 0), tile, self.first)
+        add_to_rows(sums.positives, positive.to(s.dtype), tile, self.first)
+        add_to_rows(sums.similarity, torch.where(positive, s, 0), tile, self.first)
         e = self._exponentials(s, tile)
         of_positives = torch.where(positive, e, 0)
-        _add(sums.positive, of_positives, tile, self.first)
+        add_to_rows(sums.positive, of_positives, tile, self.first)
         if sums.largest_positive is not None:
             _raise_to(sums.largest_positive, of_positives, tile, self.first)
         return e, e.masked_fill(positive, 0)
@@ -201,16 +201,20 @@ class PairTiles:
                 e = self._exponentials(self._similarities(tile), tile)
             else:
                 e = self._place(tile)
-            w = _workspace("weights", e, e.numel()).view_as(e)
-            torch.add(own_r[tile.rows, None], every_r[None, tile.columns], out=w)
-            w.mul_(e)
+            w = self._weights(e, own_r[tile.rows, None], every_r[None, tile.columns])
             if of_positives is not None:
                 w = torch.where(self._is_positive(tile), of_positives(e, tile), w)
             g[tile.rows] += _product(w, self.everything[tile.columns].t())
             if g_t is not None and tile.mirrored:  # as (D, n): faster than as (n, D)
                 columns = slice(tile.columns.start - self.first, tile.columns.stop - self.first)
-                g_t[:, columns] += _product(self.own[tile.rows].t().contiguous(), w.t())
+                rows = slice(self.first + tile.rows.start, self.first + tile.rows.stop)
+                g_t[:, columns] += _product(self.everything[rows].t().contiguous(), w.t())
         return g if g_t is None else g.add_(g_t.t())
+
+    def _weights(self, e: Tensor, own_r: Tensor, every_r: Tensor) -> Tensor:
+        """Of the negatives of a tile: (r_i + r_j) E_ij; overwritten by the next tile."""
+        w = workspace("weights", e, e.numel()).view_as(e)
+        return torch.add(own_r, every_r, out=w).mul_(e)
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
@@ -221,7 +225,7 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     """
     if _ONEDNN is not None and x.device.type == "cpu" and x.dtype == torch.float32:
         return _ONEDNN(x, y, None, "none", [], "")  # type: ignore[no-any-return]
-    out = _workspace("product", x, x.shape[0] * y.shape[0]).view(x.shape[0], -1)
+    out = workspace("product", x, x.shape[0] * y.shape[0]).view(x.shape[0], -1)
     return torch.mm(x, y.t(), out=out)
 
 
@@ -272,7 +276,8 @@ def _area(tile: Tile) -> int:
     return int((tile.rows.stop - tile.rows.start) * (tile.columns.stop - tile.columns.start))
 
 
-def _add(target: Tensor, values: Tensor, tile: Tile, first: int) -> None:
+def add_to_rows(target: Tensor, values: Tensor, tile: Tile, first: int) -> None:
+    """Adds the sums of a tile's ``values`` to those of its rows, (n,), and of its mirrored columns."""
     target[tile.rows] += values.sum(1)
     if tile.mirrored:
         target[tile.columns.start - first : tile.columns.stop - first] += values.sum(0)

@@ -33,7 +33,7 @@ class SimCLR(LightningModule):
     Representations", arXiv:2002.05709.
 
     Args:
-        encoder: maps images (n, C, H, W) to features (n, E), e.g. `Encoder` or `ConvEncoder`.
+        encoder: maps views, of images (n, C, H, W), to features (n, E), e.g. `Encoder` or `ConvEncoder`.
         projector: maps features to projections (n, D): a module, or a callable that makes one from E.
         temperature: divides the similarities in the loss.
         loss: makes the loss from the temperature, or is the loss.
@@ -118,6 +118,10 @@ class SimCLR(LightningModule):
                 f"contrastive training needs >= 2 views of each image; got {views}. Set "
                 "`data.n_views`."
             )
+        source = getattr(getattr(self.trainer, "datamodule", None), "source", None)
+        check: Any = getattr(self.encoder, "check_source", None)
+        if source is not None and check is not None:
+            check(source)  # an encoder may know what it cannot take, e.g. a larger vocabulary
         check_strategy(self.trainer)
         if stage == "fit" and (ranks := ranks_to_share(self.trainer, self.batch_norm_ranks)) > 1:
             from simclr_pl.batch_norm import share_batch_norm
@@ -141,10 +145,11 @@ class SimCLR(LightningModule):
             shard(part, self.device_mesh["data_parallel"])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images (n, C, H, W) to features (n, E), what downstream tasks use."""
-        if x.dim() == 4:  # images: as the weights, also in the precisions 64-true and bf16-true
-            dtype = next(self.encoder.parameters()).dtype
-            x = x.to(dtype=dtype, memory_format=torch.channels_last)
+        """Maps views (n, ...), of images (n, C, H, W), to features (n, E), what downstream tasks use."""
+        if x.is_floating_point():  # as the weights, also in the precisions 64-true and bf16-true
+            x = x.to(next(self.encoder.parameters()).dtype)
+        if x.dim() == 4:
+            x = x.to(memory_format=torch.channels_last)
         return self.encoder(x)  # type: ignore[no-any-return]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -159,31 +164,31 @@ class SimCLR(LightningModule):
         other one, and the loss of a view is the mean over its positives.
 
         Args:
-            batch: ``views`` (V*B, C, S, S), all of view 0 first; where there are small views, also
-                ``small_views`` (V'*B, C, S', S'); ``label`` and ``index`` (B,).
+            batch: ``views`` (V*B, ...), all of view 0 first; where there are small views, also
+                ``small_views`` (V'*B, ...); ``label`` and ``index`` (B,); where views may show other
+                samples than their own, ``ids`` (V, B), what each shows, and ``row_label`` (V*B,).
             batch_idx: not used.
 
         Returns:
             ``loss``; of all views, detached, ``features`` (V*B, E) and ``projections`` (V*B, D);
-            ``label`` (B,), ``index`` (B,).
+            ``label`` (B,), ``index`` (B,), ``row_label`` (V*B,), and ``ids`` if given.
         """
         sizes = [batch[name] for name in ("views", "small_views") if name in batch]
         parts = [encode_in_chunks(self._encode, x, self.encode_chunk, self) for x in sizes]
         h, z = (torch.cat(rows) if len(sizes) > 1 else rows[0] for rows in zip(*parts, strict=True))
         statistics: list[Statistics] | None = [] if self._logs_this_step() else None
-        loss = self.loss(z.view(-1, len(batch["index"]), z.shape[1]), statistics=statistics)
+        views = z.view(-1, len(batch["index"]), z.shape[1])  # (V, B, D)
+        loss = self.loss(views, batch.get("ids"), statistics=statistics)
         self.log("train/loss", loss.detach(), prog_bar=True)
         for seen in statistics or ():
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             values = {"learning_rate": rate, **seen._asdict()}
             self.log_dict({f"train/{name}": value for name, value in values.items()})
-        return {
-            "loss": loss,
-            "features": h.detach(),
-            "projections": z.detach(),
-            "label": batch["label"],
-            "index": batch["index"],
-        }
+        label = batch["label"]
+        outputs = {"loss": loss, "features": h.detach(), "projections": z.detach()}
+        outputs |= {"label": label, "index": batch["index"]}
+        outputs["row_label"] = batch.get("row_label", label.repeat(len(views)))
+        return outputs | ({"ids": batch["ids"]} if "ids" in batch else {})
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self(x)  # (n, E)

@@ -54,7 +54,7 @@ _MONITORS: dict[str, tuple[type[Callback], dict[str, Any], str]] = {
     "throughput": (
         ThroughputMonitor,
         {},
-        "Speed, split of the time, memory, unreadable images; null for none.",
+        "Speed, split of the time, memory, unreadable samples; null for none.",
     ),
     "summary": (RunSummary, {}, "Scores and speed in summary.json; null for none."),
     "report": (RunReport, {}, "environment.json and a page, report.html; null for none."),
@@ -97,11 +97,12 @@ def _page(verb: str) -> dict[str, str]:
 class _ProgressBar(RichProgressBar):
     """Loss, accuracies and speed, without the run's version."""
 
-    def get_metrics(self, *args: Any) -> dict[str, Any]:
-        metrics = super().get_metrics(*args)
+    def get_metrics(self, trainer: Trainer, *args: Any) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, *args)
         metrics.pop("v_num", None)
-        if (speed := metrics.pop("throughput/images_per_second", None)) is not None:
-            metrics["images/s"] = f"{speed:.0f}"
+        if (speed := metrics.pop("throughput/samples_per_second", None)) is not None:
+            unit = trainer.datamodule.source.unit  # type: ignore[attr-defined]
+            metrics[f"{unit}/s"] = f"{speed:.0f}"
         return metrics  # type: ignore[return-value]
 
 

@@ -8,15 +8,32 @@ import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
-# The fork server imports the heavy packages once; each rank is then a fork of it.
+# The fork server imports and loads once what takes long; each rank is then a fork of it.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["lightning.pytorch", "torchmetrics.classification", "simclr_pl.callbacks", "simclr_pl.data"]
+    [
+        "lightning.pytorch.cli",
+        "matplotlib.backends.backend_agg",
+        "pytest",
+        "simclr_pl.callbacks",
+        "simclr_pl.image_kernels",
+        "simclr_pl.neighbour_kernels",
+        "simclr_pl.report.page",
+        "simclr_pl.training_cli",
+        "timm",
+        "torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook",
+        "torch.distributed.checkpoint",
+        "torchmetrics.classification",
+        "fork_server",  # of this folder
+    ]
 )
 
 
@@ -40,7 +57,7 @@ def on_ranks(
             args=(rank, world_size, port, os.getcwd(), theirs, function, args),
             daemon=True,
         )
-        process.start()
+        _start(process)
         theirs.close()
         pipes.append(ours)
         processes.append(process)
@@ -66,8 +83,14 @@ def processes_of(
     for rank in range(world_size):
         given = (rank, world_size, port, os.getcwd(), timeout, function, args)
         processes.append(_context.Process(target=_run, args=given))  # may have loader workers
-        processes[-1].start()
+        _start(processes[-1])
     return processes
+
+
+def _start(process: BaseProcess) -> None:
+    with pytest.MonkeyPatch.context() as environment:  # the server, if it is yet to start
+        environment.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        process.start()
 
 
 def _run(

@@ -51,7 +51,7 @@ def views(rows: Tensor, n_images: int = 64) -> list[Tensor]:
     return list(rows.double().split(n_images))
 
 
-def expected(outputs: dict[str, Tensor], images: slice = slice(None)) -> dict[str, float]:
+def expected(outputs: dict[str, Tensor], images: Any = slice(None)) -> dict[str, float]:
     """The values in float64 from a step's outputs of one process."""
     h = [view[images] for view in views(outputs["features"])]
     z = [view[images] for view in views(outputs["projections"])]
@@ -111,6 +111,30 @@ def test_every_value_reaches_the_csv_with_its_own_step(tmp_path: Path) -> None:
         assert values == pytest.approx(expected(recorder.outputs[step]), rel=1e-4)
     for name, value in found[7].items():  # for early stopping and the like
         assert float(trainer.callback_metrics[name]) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("probability", [0.4, 1.0])
+def test_pairs_are_of_samples_whose_views_are_all_their_own(
+    tmp_path: Path, probability: float
+) -> None:
+    recorder = Recorder()
+    data = tiny_data(replace_probability=probability)
+    fit(tmp_path, CollapseMonitor(every_n_steps=4), recorder, data=data)
+    with open(csv_of(tmp_path)) as file:
+        found = [row for row in csv.DictReader(file) if row.get("collapse/feature_rank")]
+    lines = (tmp_path / "run/version_0/histograms.jsonl").exists()
+    assert lines == (probability < 1)
+    for row, outputs in zip(found, [recorder.outputs[i] for i in (0, 3, 7)], strict=True):
+        own = [i for i, column in enumerate(outputs["ids"].T.tolist()) if len(set(column)) == 1]
+        assert (len(own) < 2) == (probability == 1)
+        every = expected(outputs)
+        if own:
+            every |= dict(list(expected(outputs, own).items())[4:])  # what is of pairs
+        for key, value in every.items():
+            if own or not key.endswith(("alignment", "uniformity", "top1")):
+                assert float(row[key]) == pytest.approx(value, rel=1e-4)
+            else:
+                assert not row.get(key)
 
 
 def test_values_belong_to_the_step_that_train_loss_has(tmp_path: Path) -> None:
@@ -364,9 +388,10 @@ def devices() -> dict[str, Any]:
     return {"devices": n, "strategy": "ddp" if n > 1 else "auto"}
 
 
-def values_of(folder: Path, max_images: int) -> dict[str, float]:
+def values_of(folder: Path, max_images: int, replaced: float = 0.0) -> dict[str, float]:
     monitor = CollapseMonitor(every_n_steps=3, max_images=max_images)
-    trainer = fit(folder, monitor, model=tiny_model(batch_norm=False), **devices())
+    data = tiny_data(replace_probability=replaced)
+    trainer = fit(folder, monitor, model=tiny_model(batch_norm=False), data=data, **devices())
     values = trainer.callback_metrics.items()
     return {name: float(value) for name, value in values if name.startswith("collapse")}
 
@@ -398,10 +423,12 @@ def same_weights_without(folder: Path, precision: str = "32-true") -> bool:
     return all(torch.equal(watched[name], alone[name]) for name in alone)
 
 
+SETTINGS = ((512, 0.0), (16, 0.0), (512, 0.4))  # images measured, share of views replaced
+
+
 def on_a_rank(folder: Path) -> dict[Any, Any]:
     return {
-        512: values_of(folder / "512", 512),
-        16: values_of(folder / "16", 16),
+        **{setting: values_of(folder / str(setting), *setting) for setting in SETTINGS},
         "warnings": warnings_of_a_constant_encoder(folder / "warnings"),
         "same weights": same_weights_without(folder / "weights"),
     }
@@ -413,18 +440,18 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict
     return folder, on_ranks(2, on_a_rank, folder)
 
 
-@pytest.mark.parametrize("max_images", [512, 16])
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_two_ranks_measure_what_one_process_does(
-    max_images: int, two_ranks: tuple[Path, list[dict[Any, Any]]], tmp_path: Path
+    setting: tuple[int, float], two_ranks: tuple[Path, list[dict[Any, Any]]], tmp_path: Path
 ) -> None:
     folder, ranks = two_ranks
-    folder = folder / str(max_images)
-    values_of(tmp_path, max_images)
+    folder = folder / str(setting)
+    values_of(tmp_path, *setting)
     one, two = measured(csv_of(tmp_path)), measured(csv_of(folder))
     assert list(one) == list(two) == [0, 2, 5]
     for step in one:
         assert two[step] == pytest.approx(one[step], rel=1e-4)
-    assert ranks[0][max_images] == ranks[1][max_images] == pytest.approx(two[5])
+    assert ranks[0][setting] == ranks[1][setting] == pytest.approx(two[5])
     histograms = [
         (root / "run/version_0/histograms.jsonl").read_text().splitlines()
         for root in (tmp_path, folder)

@@ -254,9 +254,9 @@ def test_only_the_images_without_finite_features_are_named(caplog: Any) -> None:
     with caplog.at_level(logging.WARNING, logger=finite_guard.__name__):
         model = tiny_model(batch_norm=False)
         trainer = fit([Note(), Poison("views", {1, 5}), FiniteGuard()], model)
-    name = trainer.datamodule.images("train").name
+    name = trainer.datamodule.samples("train").name
     rows = [[str(step), "nan", "nan", "1.0", name(seen[step])] for step in (1, 5)]
-    assert table() == [["step", "loss", "gradient_norm", "scale", "image"], *rows]
+    assert table() == [["step", "loss", "gradient_norm", "scale", "sample"], *rows]
     lines = [r.getMessage() for r in caplog.records]
     assert len(lines) == 2
     assert lines[0].startswith(
@@ -265,10 +265,27 @@ def test_only_the_images_without_finite_features_are_named(caplog: Any) -> None:
     assert lines[0].endswith("bad_steps.tsv")
 
 
+def test_a_view_that_stands_in_for_anothers_is_named_by_its_own_sample() -> None:
+    shown: list[int] = []
+
+    class Tear(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, out: Any, b: Any, i: int) -> None:
+            ids = out["ids"]
+            shown.append(int(ids[1, 3]))
+            out["features"][len(ids[0]) + 3] = torch.nan  # the second view in the fourth place
+
+    callbacks = [Poison("gradient", {1}), Tear(), FiniteGuard()]
+    trainer = tiny_trainer(callbacks)
+    trainer.fit(tiny_model(batch_norm=False), tiny_data(replace_probability=1.0))
+    name = trainer.datamodule.samples("train").name
+    assert [row[0] + row[-1] for row in table()[1:]] == [f"1{name(shown[1])}"]
+
+
 def test_names_of_files_may_hold_anything() -> None:
     name = "a\tb\nc\udcff.png"
-    images = SimpleNamespace(name=lambda i: name)
-    datamodule = SimpleNamespace(images=lambda _: images)
+    samples = SimpleNamespace(name=lambda i: name)
+    source = SimpleNamespace(unit="images")
+    datamodule = SimpleNamespace(samples=lambda _: samples, source=source)
     trainer: Any = SimpleNamespace(
         log_dir=None, default_root_dir=".", is_global_zero=True, datamodule=datamodule
     )

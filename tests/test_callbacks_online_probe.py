@@ -41,6 +41,21 @@ def test_probe_trains_the_heads_on_the_recorded_features() -> None:
         torch.testing.assert_close(probe_state(probe)[name], value, rtol=0, atol=0)
 
 
+def test_a_view_that_stands_in_for_anothers_has_its_own_samples_label() -> None:
+    recorder, probe = Recorder(), OnlineLinearProbe(0.1)
+    data = tiny_data(replace_probability=0.5)
+    tiny_trainer([recorder, probe]).fit(tiny_model(), datamodule=data)
+    heads, labels = (
+        LinearHeads(32, 10, [0.1], [0.0], 0.9, online=True),
+        data.samples("train").labels,
+    )
+    for out in recorder.outputs:
+        assert not torch.equal(out["ids"][0], out["ids"][1])
+        heads.update(out["features"], torch.from_numpy(labels[out["ids"].numpy()]).flatten())
+    for name, value in heads.state_dict().items():
+        torch.testing.assert_close(probe_state(probe)[name], value, rtol=0, atol=0)
+
+
 class Clean(Callback):
     """Keeps what the last validation says of the images of one loader."""
 

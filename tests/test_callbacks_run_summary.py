@@ -31,7 +31,7 @@ def test_summary_holds_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert summary["world_size"] == 1
     assert summary["version"] == simclr_pl.__version__
     # Both are rounded in the file.
-    assert summary["images_per_second"] * summary["seconds"] == pytest.approx(8 * 64, rel=0.01)
+    assert summary["samples_per_second"] * summary["seconds"] == pytest.approx(8 * 64, rel=0.01)
     assert list(summary["time"]) == ["data", "augment", "compute", "monitors", "other"]
     assert sum(summary["time"].values()) == pytest.approx(1, abs=1e-3)
     assert summary["time"]["compute"] > 0.1
@@ -42,7 +42,7 @@ def test_summary_holds_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert f"; peak memory {memory:,.0f} MiB" in printed
     for word in ("at initialisation", "raw pixels", "effective peak learning rate 0.05", "Digits:"):
         assert word in printed
-    for key in ("knn_top1", "linear_top1", "knn_top1_init", "linear_top1_pixels"):
+    for key in ("knn_top1", "linear_top1", "knn_top1_init", "linear_top1_raw"):
         assert f"{100 * summary[key]:.1f}" in printed
 
 
@@ -53,13 +53,13 @@ def test_scores_are_those_of_the_three_encoders(tmp_path: Path) -> None:
     for suffix, model in (("_init", tiny_model()), ("", tiny_fit([]).lightning_module)):
         trainer = tiny_trainer([])
         trainer.validate(model, datamodule=data, verbose=False)  # attaches the two
-        sets = encode_clean_views(trainer, model, pixels=True)
+        sets = encode_clean_views(trainer, model, raw=True)
         expected = score(sets["bank"][0], sets["query"][0], 10)
         assert summary["knn_top1" + suffix] == pytest.approx(expected.knn, abs=1e-6)
         assert summary["linear_top1" + suffix] == pytest.approx(expected.linear, abs=1e-6)
     pixels = sets["bank"][1], sets["query"][1]
     assert torch.equal(pixels[0].labels, sets["bank"][0].labels)
-    assert summary["knn_top1_pixels"] == pytest.approx(score(*pixels, 10).knn, abs=1e-6)
+    assert summary["knn_top1_raw"] == pytest.approx(score(*pixels, 10).knn, abs=1e-6)
 
 
 def test_two_ranks_write_the_scores_of_one(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_two_ranks_write_the_scores_of_one(tmp_path: Path) -> None:
     two, nothing = on_ranks(2, summary_on_a_rank, tmp_path / "two")
     assert nothing == {}
     assert (two["steps"], two["world_size"]) == (8, 2)
-    for key in ("knn_top1_init", "linear_top1_init", "knn_top1_pixels"):
+    for key in ("knn_top1_init", "linear_top1_init", "knn_top1_raw"):
         assert two[key] == pytest.approx(one[key], abs=1 / 450 + 1e-6)
 
 
@@ -103,7 +103,7 @@ def test_resumed_run_keeps_baselines_and_clock(tmp_path: Path) -> None:
     more.fit(tiny_model(), datamodule=tiny_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     after = resumed.state_dict()
     assert after["scores"]["knn_top1_init"] == before["scores"]["knn_top1_init"]
-    assert after["images"] == before["images"] + 4 * 64
+    assert after["samples"] == before["samples"] + 4 * 64
     assert after["batches"] == 12
     assert after["peak_mib"] >= before["peak_mib"] > 0
     for part in ("wait", "augment", "compute", "evaluation"):

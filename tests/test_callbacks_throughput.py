@@ -99,7 +99,7 @@ def test_what_is_logged_agrees_with_itself(tmp_path: Path) -> None:
         assert sum(values[name] for name in SHARES) == pytest.approx(1, abs=1e-5)
         assert min(values[name] for name in SHARES) >= 0
         seconds = values["step_ms"] / 1000
-        assert values["images_per_second"] * seconds == pytest.approx(64, rel=1e-4)
+        assert values["samples_per_second"] * seconds == pytest.approx(64, rel=1e-4)
         assert values["gflops"] * seconds * 1e9 == pytest.approx(flops, rel=1e-4)
         assert values["peak_memory_mib"] > 50
 
@@ -107,7 +107,9 @@ def test_what_is_logged_agrees_with_itself(tmp_path: Path) -> None:
 def images_on_a_rank(folder: Path) -> Any:
     options = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "log_every_n_steps": 2}
     rows = rows_of(folder, devices=2, strategy="ddp", max_epochs=1, **options)
-    return [float(r["throughput/images_per_second"]) * float(r["throughput/step_ms"]) for r in rows]
+    return [
+        float(r["throughput/samples_per_second"]) * float(r["throughput/step_ms"]) for r in rows
+    ]
 
 
 def test_images_of_all_ranks_are_counted(tmp_path: Path) -> None:

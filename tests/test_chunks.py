@@ -212,7 +212,7 @@ def test_statistics_and_learnable_temperature_are_logged() -> None:
 
 
 PEAK = """
-import sys, torch
+import os, sys, torch
 from simclr_pl import ConvEncoder, nt_xent
 from simclr_pl.chunks import encode_in_chunks
 torch.set_num_threads(1)
@@ -226,27 +226,34 @@ def step(rows, chunk):
         return h, h
     _, z = encode_in_chunks(encode, rows, chunk, model)
     nt_xent(z.view(2, -1, 128)).backward()
-step(x[:8], 4)  # imports and libraries
-open("/proc/self/clear_refs", "w").write("5")  # the peak so far was that of the imports
-before = peak()
-step(x[: int(sys.argv[1])], int(sys.argv[2]))
-print((peak() - before) / 1024)
+for case in sys.argv[1:]:
+    if os.fork():  # a process for each, with the imports of this one
+        assert os.wait()[1] == 0
+        continue
+    rows, chunk = map(int, case.split("/"))
+    step(x[:8], 4)  # libraries
+    open("/proc/self/clear_refs", "w").write("5")  # the peak so far was that of the imports
+    before = peak()
+    step(x[:rows], chunk)
+    print((peak() - before) / 1024, flush=True)
+    os._exit(0)
 """
 
 
-def peak_mib(rows: int, chunk: int) -> float:
+def peaks_mib(*cases: str) -> list[float]:
+    """Of a step with "rows/chunk", each."""
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(rows), str(chunk)],
+        [sys.executable, "-c", PEAK, *cases],
         capture_output=True,
         text=True,
         check=True,
         # glibc would raise this threshold as it goes, and then keep what was freed.
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
-    return float(done.stdout)
+    return [float(line) for line in done.stdout.splitlines()]
 
 
 def test_peak_memory_is_that_of_one_chunk() -> None:
-    one_chunk, eight_chunks, whole = peak_mib(128, 128), peak_mib(1024, 128), peak_mib(1024, 1024)
+    one_chunk, eight_chunks, whole = peaks_mib("128/128", "1024/128", "1024/1024")
     assert eight_chunks < 1.3 * one_chunk
     assert whole > 4 * one_chunk

@@ -29,7 +29,7 @@ def test_a_student_like_the_teacher_learns_its_answers_and_is_saved(
     assert "teacher" in printed
     assert "chance is 10.0 %" in printed
     values = json.loads(teacher.with_suffix(".distill.json").read_text())
-    assert (values["images"], values["query"], values["top1_chance"]) == (1347, 450, 0.1)
+    assert (values["samples"], values["query"], values["top1_chance"]) == (1347, 450, 0.1)
     tuned_values = json.loads(teacher.with_suffix(".json").read_text())
     assert values["top1_teacher"] == tuned_values["top1"]
     subject, student, origin = load_classifier(values["classifier"])

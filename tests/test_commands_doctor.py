@@ -19,7 +19,7 @@ from simclr_pl.callbacks import EvaluationPace
 from simclr_pl.cli import main
 from simclr_pl.doctor import machine, plan, sample, step
 from simclr_pl.doctor.children import in_children
-from simclr_pl.doctor.configured import build
+from simclr_pl.doctor.configured import Kind, build
 from simclr_pl.doctor.ranks import check_ranks
 
 SMALL = ["--config", QUICKSTART, "--model.encoder.width", "4", "--trainer.accelerator", "cpu"]
@@ -224,6 +224,8 @@ def test_a_set_without_labels_is_a_warning() -> None:
         "bank": 9,
         "labelled": 0,
         "classes": 0,
+        "unit": "images",
+        "is_of_images": True,
         "channels": 3,
     }
     assert [line.level for line in sample.lines_of(found, 0.05, 8)] == ["warning"]
@@ -231,10 +233,12 @@ def test_a_set_without_labels_is_a_warning() -> None:
 
 # A step.
 
+ONE = [Kind(2, (1, 32, 32))]  # what the views of a digit are like
+
 
 def test_memory_and_time_of_a_step_are_carried_on_as_they_grow() -> None:
     arguments = [*SMALL, "--model.encoder.width", "16"]
-    (outcome,) = in_children(1, step.measure, arguments, 1, 512, 2**34, 60.0, 1, seconds=90)
+    (outcome,) = in_children(1, step.measure, arguments, ONE, 512, 2**34, 60.0, 1, seconds=90)
     assert outcome.ending == ""
     about, *tried = outcome.messages
     model = build(arguments).model
@@ -245,7 +249,7 @@ def test_memory_and_time_of_a_step_are_carried_on_as_they_grow() -> None:
     assert about["checkpoint"] == weights + moments + steps
     assert about["rate"] == 0.004
     measured = [step.Measured(*m) for m in tried]
-    assert [m.images for m in measured] == [0, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    assert [m.samples for m in measured] == [0, 2, 4, 8, 16, 32, 64, 128, 256, 512]
     forecast = step.carry_on(measured[:-1], 512, None, 0)
     idle, whole = measured[0].peak, measured[-1].peak
     assert not forecast.measured
@@ -254,7 +258,7 @@ def test_memory_and_time_of_a_step_are_carried_on_as_they_grow() -> None:
 
 
 def test_no_batch_is_tried_that_would_take_more_memory_than_allowed() -> None:
-    (outcome,) = in_children(1, step.measure, SMALL, 1, 128, 1, 60.0, 1, seconds=90)
+    (outcome,) = in_children(1, step.measure, SMALL, ONE, 128, 1, 60.0, 1, seconds=90)
     tried = [m[0] for m in outcome.messages[1:]]
     assert tried == [0, 2]
 
@@ -266,7 +270,7 @@ def grown(fixed: int, each: int, *counts: int) -> list[step.Measured]:
 def test_a_batch_that_does_not_fit_is_given_a_chunk_that_does_and_its_double_does_not() -> None:
     fixed, each, images = 1000, 500, 4096
     tried = grown(fixed, each, 0, 2, 4, 8)
-    asked = step.Asked(images, [(2, 1)], 1, None, 200_000)
+    asked = step.Asked(images, [Kind(2, (1, 1, 1))], None, 200_000)
     line, forecast = step.fit_line(tried, "", asked)
     assert line.level == "error"
     assert forecast is not None
@@ -288,7 +292,7 @@ def test_a_chunk_is_counted_in_memory_and_time() -> None:
 
 
 def test_a_step_that_is_killed_is_an_error_with_what_was_reached() -> None:
-    asked = step.Asked(64, [(2, 8)], 1, None, 10**6)
+    asked = step.Asked(64, [Kind(2, (1, 8, 8))], None, 10**6)
     line, forecast = step.fit_line(grown(1000, 10, 0, 2, 4), "was killed", asked)
     assert line.level == "error"
     assert "beyond 4 the step was killed" in line.text
@@ -313,7 +317,7 @@ def test_length_is_what_lightning_trains_for(options: dict[str, Any]) -> None:
     model, data = tiny_model(), tiny_data(global_batch_size=64)
     model.warmup_epochs = 0.5
     data.setup()
-    length = plan.length_of(trainer, model, len(data.images("train")), 64)
+    length = plan.length_of(trainer, model, len(data.samples("train")), 64)
     seen: list[float] = []
     trainer.strategy._lightning_module = model
     trainer.fit_loop.run = lambda: seen.append(trainer.estimated_stepping_batches)  # type: ignore[method-assign]

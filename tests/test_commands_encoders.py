@@ -134,10 +134,10 @@ def test_the_runs_own_images_are_the_default_and_all_are_in_the_bank(run: Path) 
     data = data_for(load_subject(str(run)))
     data.setup()
     assert isinstance(data.source, Digits)
-    assert (len(data.images("bank")), len(data.images("query"))) == (1347, 450)
+    assert (len(data.samples("bank")), len(data.samples("query"))) == (1347, 450)
     data = data_for(load_subject(str(run)), bank_size=100, batch_size=32, seed=3)
     data.setup()
-    assert (len(data.images("bank")), data.eval_batch_size, data.seed) == (100, 32, 3)
+    assert (len(data.samples("bank")), data.eval_batch_size, data.seed) == (100, 32, 3)
 
 
 def test_other_images_are_seen_as_the_run_saw_its_own(tmp_path: Path) -> None:

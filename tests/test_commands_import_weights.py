@@ -62,7 +62,7 @@ def test_a_command_runs_on_what_was_imported(capsys: pytest.CaptureFixture[str])
     assert "grey.safetensors" in said
     augment = clean_views(load_subject("grey.safetensors"), Digits())
     assert (tuple(augment.mean), tuple(augment.std)) == ((0.5,), (0.25,))
-    quick = ["--baselines", "false", "--bank_size", "300", "--num_workers", "0"]
+    quick = ["--baselines", "false", "--bank_size", "30", "--num_workers", "0", "--size", "16"]
     main(["knn", "grey.safetensors", "--dataset", "Digits", "--out", "knn.json", *quick])
     assert "grey" in Path("knn.json").read_text()
 

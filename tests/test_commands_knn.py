@@ -52,7 +52,7 @@ def test_the_grid_the_best_and_the_baselines_are_scikit_learns(
     fresh = load_subject(str(run)).fresh()
     compared = {
         "": [clean_features(run, name) for name in ("bank", "query")],
-        "_pixels": pixels,
+        "_raw": pixels,
         "_init": [clean_features(run, name, fresh) for name in ("bank", "query")],
     }
     for suffix, (bank, query) in compared.items():
@@ -86,7 +86,7 @@ def test_baselines_can_be_left_out_the_bank_cut_and_a_tracker_told(
     found = json.loads((tmp_path / "mine.json").read_text())
     assert found["bank"] == 100
     assert list(run.glob("events.out.tfevents.*"))
-    assert not any(key.endswith(("_init", "_pixels")) for key in found)
+    assert not any(key.endswith(("_init", "_raw")) for key in found)
 
 
 def test_other_images_are_judged_by_their_own_labels(run: Path, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_two_processes_find_what_one_finds(run: Path, tmp_path: Path) -> None:
         (["--temperature", "[0.0]"], "`temperature` must be numbers > 0; got [0.0]"),
         (["--out", "no/mine.json"], "`out` must lie in a folder that exists"),
         (["--dataset", "nonsense"], "`src` must be a folder, a YAML config or its name"),
-        (["--dataset", "unlabelled.yaml"], "got none in the bank set. Give the images class"),
+        (["--dataset", "unlabelled.yaml"], "got none in the bank set. Give labels"),
     ],
 )
 def test_a_mistake_is_one_line(

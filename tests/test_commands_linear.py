@@ -45,7 +45,7 @@ def test_the_classifier_is_scikit_learns_at_the_chosen_penalty(
         interval = wilson_interval(round(450 * found[f"top1{suffix}"]), 450)
         assert found[f"top1_interval{suffix}"] == pytest.approx(interval)
         assert found[f"top5{suffix}"] > found[f"top1{suffix}"]
-    assert 0 < found["top1_pixels"] < 0.3  # a shifted digit is no linear matter
+    assert 0 < found["top1_raw"] < 0.3  # a shifted digit is no linear matter
     text = capsys.readouterr().out
     for words in ("by lbfgs on 1,347 images", "trained", "at initialisation", "raw pixels", "l2 "):
         assert words in text
@@ -68,12 +68,12 @@ def test_on_fresh_crops_of_other_images_all_three_are_compared(run: Path, tmp_pa
     options += ["--lr", "[0.1,0.3]", "--weight_decay", "[0.0]", "--out", "mine.json"]
     main(["linear", str(run), *options])
     found = json.loads((tmp_path / "mine.json").read_text())
-    assert (found["method"], found["dataset"]) == ("sgd on crops", str(config))
+    assert (found["method"], found["dataset"]) == ("sgd on fresh views", str(config))
     assert (found["bank"], found["query"], found["classes"]) == (100, 100, 10)
-    for suffix in ("", "_init", "_pixels"):
+    for suffix in ("", "_init", "_raw"):
         assert len(found[f"grid{suffix}"]) == 2
         assert found[f"top1{suffix}"] <= found[f"top5{suffix}"]
-    assert len({found[f"top5{suffix}"] for suffix in ("", "_init", "_pixels")}) > 1
+    assert len({found[f"top5{suffix}"] for suffix in ("", "_init", "_raw")}) > 1
 
 
 @pytest.mark.parametrize(

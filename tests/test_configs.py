@@ -7,12 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from tiny import tiny_trainer
 
+from simclr_pl.audio_augment import AudioAugment
+from simclr_pl.augment import Augment
 from simclr_pl.commands.presets import facts_of
-from simclr_pl.data import ContrastiveDataModule
+from simclr_pl.data import ContrastiveDataModule, in_memory
+from simclr_pl.data.clips import Clip
+from simclr_pl.data.description import Moments, write_moments
 from simclr_pl.data.sources import ResidentImages, Source
 from simclr_pl.optim import lr_factor, parameter_groups
+from simclr_pl.text_augment import TextAugment
 from simclr_pl.training_cli import SimCLRCLI
 
 CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.yaml"))
@@ -26,6 +32,8 @@ _AT_512 = (0.075 * math.sqrt(512), 1e-4, 0.1)
 SOURCES: dict[str, tuple[float, float, float] | None] = {
     "quickstart": None,
     "cifar10-cpu": None,
+    "spoken-digits": None,
+    "package-docs": None,
     "cifar10": _CIFAR,
     "cifar10-200ep": _CIFAR,
     "cifar100": _CIFAR,
@@ -88,6 +96,29 @@ class Noise(Source):
         self.train = self.bank = self.query = images
 
 
+class Hiss(Source):
+    """Twelve clips of noise of two classes."""
+
+    def __init__(self, augment: AudioAugment) -> None:
+        self.rate = augment.sample_rate
+
+    def open(self) -> None:
+        noise = 0.1 * np.random.default_rng(0).standard_normal((12, self.rate)).astype(np.float32)
+        clips = [Clip(self.rate, self.rate, lambda a, n, w=w: w[a : a + n]) for w in noise]
+        self.train = self.bank = self.query = in_memory(clips, np.arange(12) % 2)
+
+
+class Words(Source):
+    """Twelve documents of random tokens of two classes."""
+
+    def __init__(self, augment: TextAugment) -> None:
+        self.vocab_size = augment.vocab_size
+
+    def open(self) -> None:
+        documents = np.random.default_rng(0).integers(0, self.vocab_size, (12, 50))
+        self.train = self.bank = self.query = in_memory(documents, np.arange(12) % 2)
+
+
 @pytest.fixture(scope="module", params=CONFIGS, ids=lambda path: path.stem)
 def preset(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Built]:
     """Built once; pytest runs all tests of one preset before it makes the next."""
@@ -141,12 +172,37 @@ def test_views_are_those_of_the_source(preset: tuple[str, Built]) -> None:
         assert (a.crop_scale, a.jitter, a.flip) == ((0.08, 1.0), 0.8, 0.5)
 
 
+def test_rotation_and_statistics_are_options_of_every_image_preset(
+    preset: tuple[str, Built], tmp_path: Path
+) -> None:
+    name, cli = preset
+    own = cli.datamodule.augment
+    if not isinstance(own, Augment):
+        pytest.skip("not of images")
+    found = Moments((0.11, 0.22, 0.33), (0.44, 0.55, 0.66), images=1, pixels=1, unreadable=0)
+    write_moments(tmp_path / "stats.yaml", found, ["# of a test"])
+    words = ["--config", name, "--config", str(tmp_path / "stats.yaml")]
+    words += ["--data.augment.init_args.rotation", "15"]
+    given = cli._parser("fit").parse_args(words).data
+    parser = ArgumentParser(exit_on_error=False)  # of the data alone: no model is built again
+    parser.add_class_arguments(ContrastiveDataModule, "data")
+    augment = parser.instantiate(parser.parse_object({"data": given})).data.augment
+    changed = {"mean": found.mean, "std": found.std, "rotation": 15}
+    assert vars(augment) == vars(own) | changed
+
+
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_preset_takes_a_step_that_reaches_every_tensor(preset: tuple[str, Built]) -> None:
     name, cli = preset
     model, augment = cli.model, cli.datamodule.augment
-    augment.size = 224 if name.startswith("vit") else 32
-    source = Noise(augment.size, cli.datamodule.source.channels)
+    source = cli.datamodule.source
+    if isinstance(augment, Augment):
+        augment.size = 224 if name.startswith("vit") else 32
+        source = Noise(augment.size, source.channels)
+    elif isinstance(augment, AudioAugment):
+        source = Hiss(augment)
+    elif isinstance(augment, TextAugment):
+        source = Words(augment)
     data = ContrastiveDataModule(source, 4, augment=augment, num_workers=0)
     model.warmup_epochs = 0  # else the first step is one of length 0
     model.encode_chunk = model.encode_chunk and 4
@@ -170,6 +226,6 @@ def test_header_says_command_hardware_result_and_source(path: Path) -> None:
     assert header[0].startswith(f"# simclr fit --config configs/{path.name}")
     facts = facts_of(text)
     assert facts.keys() == {"Hardware", "Data", "Expected", "Source"}
-    measured = path.stem in ("quickstart", "cifar10-cpu")
+    measured = path.stem in ("quickstart", "cifar10-cpu", "spoken-digits", "package-docs")
     assert measured != facts["Expected"].startswith("not measured here")
     assert measured != ("not measured here" in facts["Hardware"])

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -40,7 +42,82 @@ def test_data_check_says_yes_by_its_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["data", "check", str(image_folder(tmp_path / "source", 8)), "--workers", "0"])
-    assert "Every image is usable." in capsys.readouterr().out
+    assert "All images are usable." in capsys.readouterr().out
+
+
+class Sounds(Digits):
+    unit = "sounds"
+
+
+def parsed(command: str) -> None:
+    """Reads the options of a `simclr fit` that was printed, as it would."""
+    with pytest.raises(SystemExit) as caught:
+        main([*shlex.split(command.removeprefix("simclr ")), "--print_config"])
+    assert not caught.value.code
+
+
+def test_data_check_fixes_a_set_and_says_how_to_train_from_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = image_folder(tmp_path / "my set", 8), tmp_path / "out"
+    (source / "train/ants/bad.jpg").write_bytes(b"bad")
+    shutil.copy(source / "test/ants/001.jpg", source / "train/ants/leak.jpg")
+    main(["data", "check", str(source), "--fix", str(out), "--tiny", "41", "--workers", "0"])
+    text = capsys.readouterr().out
+    assert "unreadable: train: train/ants/bad.jpg: of no known image format\n" in text
+    leak = "leak: train: train/ants/leak.jpg: the same bytes as test/ants/001.jpg, in query\n"
+    assert leak in text
+    rows = [[c.strip() for c in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    assert rows[:2] == [["train", "10", "2", "8"], ["query", "2", "0", "2"]]
+    assert rows[2:] == [
+        ["unreadable", "1", "left out"],
+        ["leak", "1", "left out"],
+        ["tiny", "10", "kept, to be judged"],
+    ]
+    *_, wrote, command = text.splitlines()
+    size = sum(file.stat().st_size for file in out.rglob("*.*g"))
+    assert wrote == (
+        f"Wrote {out}: 10 hard links to {size / 1e3:.3g} KB. {out}/cleaning.json lists what is left out."
+    )
+    assert command == f"Train from it: simclr fit --config imagenet --data.source.root {out}"
+    parsed(command.removeprefix("Train from it: "))
+    record = json.loads((out / "cleaning.json").read_text())
+    asked = {"src": str(source), "fix": str(out), "tiny": 41, "max_pixels": 100_000_000}
+    assert record["arguments"] == asked
+
+
+def test_data_check_fixes_the_set_of_a_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["data", "pack", str(image_folder(tmp_path / "images", 4)), str(tmp_path / "packed")])
+    config = tmp_path / "my.yaml"
+    config.write_text(
+        f"data:\n  source: {{class_path: Shards, init_args: {{root: {tmp_path}/packed}}}}\n"
+    )
+    for src, fitting in (
+        (str(config), f"simclr fit --config {config}"),
+        (f"{tmp_path}/packed", "simclr fit --config imagenet --data.source Shards"),
+    ):
+        out = tmp_path / Path(src).name.replace(".", "-fixed-")
+        out = out.with_name(f"{out.name}-out")
+        capsys.readouterr()
+        main(["data", "check", src, "--fix", str(out), "--workers", "0"])
+        *_, wrote, command = capsys.readouterr().out.splitlines()
+        assert wrote.startswith(f"Wrote {out}: 2 shards of ")
+        assert command == f"Train from it: {fitting} --data.source.root {out}"
+        parsed(command.removeprefix("Train from it: "))
+
+
+def test_data_check_shows_twenty_images_that_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = image_folder(tmp_path / "source", 4)
+    for i in range(23):
+        (source / f"train/ants/empty {i}.jpg").write_bytes(b"")
+    main(["data", "check", str(source), "--fix", str(tmp_path / "out"), "--workers", "0"])
+    text = capsys.readouterr().out
+    assert text.count("empty: train: ") == 20
+    assert "and 3 more\n" in text
 
 
 @pytest.mark.parametrize(
@@ -72,6 +149,20 @@ def test_data_stats_can_be_pasted_into_a_config(capsys: pytest.CaptureFixture[st
     table = yaml.safe_load(capsys.readouterr().out)
     augment = Augment(**table)
     assert augment.mean == table["mean"]
+
+
+def test_data_stats_writes_a_config_and_the_command_that_takes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "stats.yaml"
+    main(["data", "stats", "Digits", "--workers", "0", "--out", str(out)])
+    comment, *lines, last = capsys.readouterr().out.splitlines()
+    command = f"simclr fit --config quickstart --config {out}"
+    assert last == f"# Train with them: {command}"
+    assert out.read_text().splitlines()[:2] == [f"# {command}", comment]
+    config = yaml.safe_load(out.read_text())
+    assert config == {"data": {"augment": {"init_args": yaml.safe_load("\n".join(lines))}}}
+    parsed(command)
 
 
 def test_data_info_shows_folders_and_packs(
@@ -115,6 +206,14 @@ def test_an_interrupted_pack_ends_at_once_and_says_so(
         (["check", "empty.yaml"], "a config must have `data.source`; got none in empty.yaml"),
         (["check", "wrong.yaml"], "`src` 'wrong.yaml' must describe a source; got: "),
         (["check", "ImageFolder"], "`src` 'ImageFolder' must describe a source; got: "),
+        (["check", "Digits", "--fix", "out"], "`fix` takes a folder of images or one packed as"),
+        (["stats", "Digits", "--out", "empty.yaml"], "`out` must be a new file in a folder"),
+        (["stats", "Digits", "--out", "no/stats.yaml"], "`out` must be a new file in a folder"),
+        (
+            ["check", "test_data_commands.Sounds", "--fix", "out"],
+            "must hold images; got sounds, of Sounds. Train",
+        ),
+        (["stats", "test_data_commands.Sounds"], "must hold images; got sounds, of Sounds. Train"),
         (["stats", "no.such.Source"], "`src` 'no.such.Source' must describe a source; got: "),
         (["check", "s3://bucket/set"], "an object store needs a local folder"),
         (["pack", "images", "out", "--quality", "0"], "`quality` must be within [1, 100]; got 0"),

@@ -738,7 +738,7 @@ def test_classes_that_the_bank_does_not_show_are_counted() -> None:
     images = TensorDataset(torch.zeros(20, 3, 8, 8, dtype=torch.uint8))
     data = ContrastiveDataModule(DatasetSource(images, labels=[*range(20)]), 4, bank_size=1)
     data.setup()
-    assert len(data.images("bank")) == 1
+    assert len(data.samples("bank")) == 1
     assert data.num_classes == 20
 
 
@@ -845,7 +845,7 @@ def test_one_view_of_each_image_serves_supervised_training_but_not_simclr() -> N
 
 def test_open_sets_are_given_by_name_and_say_whether_training_is_labelled() -> None:
     data = labelled(60, bank_size=15)
-    assert [len(data.images(name)) for name in ("train", "bank", "query")] == [60, 15, 60]
+    assert [len(data.samples(name)) for name in ("train", "bank", "query")] == [60, 15, 60]
     assert data.train_is_labelled
     images = TensorDataset(torch.zeros(20, 3, 8, 8, dtype=torch.uint8))
     unlabelled = ContrastiveDataModule(DatasetSource(images), 4)

@@ -19,7 +19,7 @@ from sklearn.datasets import load_sample_images
 
 from simclr_pl.data.decode import (
     EXTENSIONS,
-    UnreadableImage,
+    UnreadableSample,
     cut_crops,
     open_picture,
     to_pixels,
@@ -346,7 +346,7 @@ def test_exif_behind_the_pixels_of_a_png_is_found_without_decoding_them() -> Non
     broken = data[:start] + bytes(20) + data[start + 20 :]
     picture = open_picture(broken, 3)
     assert (picture.height, picture.width) == (48, 32)
-    with pytest.raises(UnreadableImage):
+    with pytest.raises(UnreadableSample):
         picture.pixels()
 
 
@@ -611,7 +611,7 @@ def test_a_broken_file_is_unreadable_for_a_reason_and_without_a_warning(
     data, reason = BROKEN[kind]
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")  # as errors, they would be taken for the reason
-        with pytest.raises(UnreadableImage, match=reason) as caught:
+        with pytest.raises(UnreadableSample, match=reason) as caught:
             decoded(data, channels)
     assert not told
     assert "object at 0x" not in str(caught.value)
@@ -647,7 +647,7 @@ def test_random_damage_gives_pixels_or_unreadable_image_and_nothing_else(data: b
         try:
             picture = open_picture(broken, 3, max_pixels=10**6)
             assert picture.pixels().shape == (picture.height, picture.width, 3)
-        except UnreadableImage as error:
+        except UnreadableSample as error:
             reasons.append(str(error))
     assert len(reasons) > 30
     assert all(reasons)
@@ -657,7 +657,7 @@ def test_max_pixels_is_the_largest_number_read_and_the_size_is_told() -> None:
     for data in (JPEG, PNG, TIFF):
         assert open_picture(data, 3, max_pixels=40 * 31).pixels().shape == (40, 31, 3)
         with pytest.raises(
-            UnreadableImage, match="31 x 40 pixels are more than `max_pixels` 1,239"
+            UnreadableSample, match="31 x 40 pixels are more than `max_pixels` 1,239"
         ):
             open_picture(data, 3, max_pixels=40 * 31 - 1)
 

@@ -8,7 +8,7 @@ from packing import image_folder, packed, picture
 from PIL import Image
 
 from simclr_pl.data import Digits
-from simclr_pl.data.description import contents, moments
+from simclr_pl.data.description import Moments, contents, moments, write_moments
 from simclr_pl.data.folders import ImageFolder
 from simclr_pl.data.shards import Shards
 from simclr_pl.errors import InputError
@@ -56,6 +56,13 @@ def test_moments_need_a_readable_image(tmp_path: Path) -> None:
         moments(ImageFolder(str(source)), workers=0)
     with pytest.raises(InputError, match=r"`max_images` must be >= 1; got 0"):
         moments(Digits(), max_images=0)
+
+
+def test_moments_of_a_channel_that_never_varies_are_no_config(tmp_path: Path) -> None:
+    found = Moments((0.5, 0.1), (0.25, 0.00004), 3, 30, 0)
+    with pytest.raises(InputError, match=r"every channel must vary.*got std \(0.25, 4e-05\)"):
+        write_moments(tmp_path / "stats.yaml", found, [])
+    assert not list(tmp_path.iterdir())
 
 
 # Contents.

@@ -10,9 +10,9 @@ import pytest
 from pictures import content, encoded, noise, opened, pixels_of, write, write_classes
 
 from simclr_pl.data import ImageFolder
-from simclr_pl.data.decode import UnreadableImage
-from simclr_pl.data.folders import FileReader, list_images
-from simclr_pl.data.sources import StoredImages
+from simclr_pl.data.decode import EXTENSIONS, UnreadableSample
+from simclr_pl.data.folders import FileReader, list_files
+from simclr_pl.data.sources import StoredSamples
 from simclr_pl.errors import InputError
 
 
@@ -146,7 +146,7 @@ def test_a_query_fraction_that_is_no_share_is_refused(fraction: float) -> None:
 
 
 def names_below(folder: Path, classes: list[str]) -> dict[str, int]:
-    names, labels = list_images(str(folder), classes)
+    names, labels = list_files(str(folder), classes, EXTENSIONS)
     assert labels.dtype == np.int64
     return {
         os.path.relpath(os.fsdecode(name), folder): label
@@ -216,7 +216,7 @@ def test_folders_named_like_images_are_no_images(tmp_path: Path) -> None:
 def test_paths_are_kept_in_one_array_of_bytes(tmp_path: Path) -> None:
     write_classes(tmp_path, {"ape": 20})
     train = opened(ImageFolder(str(tmp_path))).train
-    assert isinstance(train, StoredImages)
+    assert isinstance(train, StoredSamples)
     assert isinstance(train.reader, FileReader)
     assert train.reader.names.dtype.kind == "S"
     kept = [v for v in vars(train.reader).values() if isinstance(v, (list, tuple, dict, set))]
@@ -244,7 +244,7 @@ def test_a_file_that_cannot_be_read_is_unreadable_with_its_path_and_the_system_s
     write(tmp_path / "ape" / "swapped.png", noise(2))
     (tmp_path / "ape" / "dangling.png").symlink_to(tmp_path / "nowhere")
     (tmp_path / "ape" / "loop.png").symlink_to(tmp_path / "ape" / "loop.png")
-    names, _ = list_images(str(tmp_path), ["ape"])
+    names, _ = list_files(str(tmp_path), ["ape"], EXTENSIONS)
     (tmp_path / "ape" / "gone.png").unlink()
     (tmp_path / "ape" / "swapped.png").unlink()
     (tmp_path / "ape" / "swapped.png").mkdir()
@@ -258,7 +258,7 @@ def test_a_file_that_cannot_be_read_is_unreadable_with_its_path_and_the_system_s
     assert [reader.name(i) for i in range(4)] == [str(tmp_path / "ape" / n) for n in reasons]
     for i, reason in enumerate(reasons.values()):
         for read in (reader.open, reader.encoded):
-            with pytest.raises(UnreadableImage, match=reason):
+            with pytest.raises(UnreadableSample, match=reason):
                 read(i)
 
 
@@ -266,7 +266,7 @@ def test_a_file_that_cannot_be_read_is_unreadable_with_its_path_and_the_system_s
 def test_a_file_without_permission_is_unreadable(tmp_path: Path) -> None:
     write(tmp_path / "a.png", noise(1))
     (tmp_path / "a.png").chmod(0)
-    with pytest.raises(UnreadableImage, match="Permission denied"):
+    with pytest.raises(UnreadableSample, match="Permission denied"):
         reader_of(tmp_path / "a.png").open(0)
 
 
@@ -283,7 +283,7 @@ def test_max_pixels_and_grey_reach_the_images_of_all_splits(tmp_path: Path) -> N
     write_classes(tmp_path, {"ape": 10})
     folder = opened(ImageFolder(str(tmp_path), grey=True, max_pixels=47))
     for images in (folder.train, folder.bank, folder.query):
-        with pytest.raises(UnreadableImage, match="8 x 6 pixels are more than `max_pixels` 47"):
+        with pytest.raises(UnreadableSample, match="8 x 6 pixels are more than `max_pixels` 47"):
             images.open(0)
     folder = opened(ImageFolder(str(tmp_path), grey=True, max_pixels=48))
     assert folder.query.open(0).pixels().shape == (6, 8, 1)

@@ -136,7 +136,7 @@ def test_colours_in_a_grey_set_are_named(tmp_path: Path) -> None:
     Image.fromarray(picture(5)).save(source / "train/ants/001.jpg")
     found = examine(ImageFolder(str(source), grey=True), workers=0).findings
     path = str(source / "train/ants/001.jpg")
-    assert found == [Finding("channels", "train", path, "RGB in a set of grey images")]
+    assert found == [Finding("channels", "train", path, "RGB in a set of grey images", 0)]
 
 
 def test_images_without_files_are_checked(tmp_path: Path) -> None:

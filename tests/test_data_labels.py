@@ -57,7 +57,7 @@ def pixels_chosen(fraction: float) -> tuple[torch.Tensor, list[int]]:
         num_sanity_val_steps=0,
     )
     trainer.fit(tiny_model(), datamodule=data)
-    images = data.images("train")
+    images = data.samples("train")
     assert isinstance(images, ResidentImages)
     return images.pixels, images.labels.tolist()
 
@@ -74,8 +74,8 @@ def test_one_percent_are_the_same_images_in_every_run_and_at_every_number_of_ran
 def test_the_part_is_training_set_and_bank_and_the_query_stays() -> None:
     data = ContrastiveDataModule(LabelledSubset(Digits(), 0.1), 8, n_views=1)
     data.setup()
-    assert len(data.images("train")) == len(data.images("bank")) == 135
-    assert len(data.images("query")) == 450
+    assert len(data.samples("train")) == len(data.samples("bank")) == 135
+    assert len(data.samples("query")) == 450
     assert data.train_is_labelled
     assert data.num_classes == 10
 

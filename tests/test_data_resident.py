@@ -12,17 +12,17 @@ from pictures import content, noise, opened, write, write_classes
 from torch.utils.data import Dataset
 
 from simclr_pl.data import DatasetSource, ImageFolder, resident
-from simclr_pl.data.decode import UnreadableImage
-from simclr_pl.data.folders import FileReader, list_images
+from simclr_pl.data.decode import EXTENSIONS, UnreadableSample
+from simclr_pl.data.folders import FileReader, list_files
 from simclr_pl.data.resident import decode_all, fits_in_memory, fits_on_device, free_memory
-from simclr_pl.data.sources import ResidentImages, StoredImages
+from simclr_pl.data.sources import ResidentImages, StoredSamples
 from simclr_pl.errors import InputError
 
 
-def folder_of(path: Path, channels: int = 3) -> StoredImages:
+def folder_of(path: Path, channels: int = 3) -> StoredSamples:
     """The images below ``path``, all labelled with their position."""
-    names, _ = list_images(str(path), [])
-    return StoredImages(FileReader(names, channels), np.arange(len(names)))
+    names, _ = list_files(str(path), [], EXTENSIONS)
+    return StoredSamples(FileReader(names, channels), np.arange(len(names)))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -31,7 +31,7 @@ def test_a_decoded_set_equals_reading_one_by_one(grey: bool, threads: int, tmp_p
     write_classes(tmp_path, {"ape": 12, "bee": 8})
     folder = opened(ImageFolder(str(tmp_path), grey=grey))
     for images in (folder.train, folder.bank, folder.query):
-        assert isinstance(images, StoredImages)
+        assert isinstance(images, StoredSamples)
         decoded = decode_all(images, threads)
         assert isinstance(decoded, ResidentImages)
         assert decoded.pixels.dtype == torch.uint8
@@ -70,7 +70,7 @@ def test_unreadable_images_are_black_and_remembered_with_their_path_and_the_reas
     for i, reason in ((0, "empty"), (4, "truncated"), (9, "No such file")):
         assert decoded.name(i) == str(tmp_path / f"{i}.png")
         assert decoded.pixels[i].max() == 0
-        with pytest.raises(UnreadableImage, match=reason):
+        with pytest.raises(UnreadableSample, match=reason):
             decoded.open(i)
     for i in (1, 2, 3, 5, 6, 7, 8):
         assert np.array_equal(decoded.open(i).pixels(), noise(i))
@@ -136,7 +136,7 @@ def test_whether_a_set_fits_is_told_from_a_few_heads(tmp_path: Path) -> None:
             return super().open(0)
 
     names = np.array([os.fsencode(tmp_path / "a.png")])
-    assert fits_in_memory(StoredImages(Counting(names, 3), np.zeros(10_000)), 3, 1)
+    assert fits_in_memory(StoredSamples(Counting(names, 3), np.zeros(10_000)), 3, 1)
     assert len(opened_numbers) <= 16
     assert {0, 9_999} <= set(opened_numbers)
 
@@ -169,5 +169,5 @@ class OneAtATime(Dataset):
 
 def test_a_user_s_data_set_is_read_by_one_thread() -> None:
     source = opened(DatasetSource(OneAtATime()))
-    assert isinstance(source.train, StoredImages)
+    assert isinstance(source.train, StoredSamples)
     assert decode_all(source.train, 4).unreadable == {}

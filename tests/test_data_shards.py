@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from simclr_pl.data.folders import ImageFolder
 from simclr_pl.data.pack import pack_source
 from simclr_pl.data.shards import ShardReader, Shards
-from simclr_pl.data.sources import StoredImages
+from simclr_pl.data.sources import StoredSamples
 from simclr_pl.errors import InputError
 
 
@@ -46,8 +46,8 @@ def test_images_labels_paths_and_classes_come_back(source: Path, root: Path) -> 
     assert shards.channels == 3
     assert shards.bank is shards.train
     for old, new in ((folder.train, shards.train), (folder.query, shards.query)):
-        assert isinstance(old, StoredImages)
-        assert isinstance(new, StoredImages)
+        assert isinstance(old, StoredSamples)
+        assert isinstance(new, StoredSamples)
         np.testing.assert_array_equal(old.labels, new.labels)
         assert new.labels.dtype == np.int64
         for i in range(len(old)):

@@ -11,12 +11,12 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from simclr_pl.data import DatasetSource, Digits
-from simclr_pl.data.decode import UnreadableImage
+from simclr_pl.data.decode import UnreadableSample
 from simclr_pl.data.sources import (
     EncodedReader,
     Images,
     ResidentImages,
-    StoredImages,
+    StoredSamples,
     as_source,
 )
 from simclr_pl.errors import InputError
@@ -37,7 +37,7 @@ class InMemory(EncodedReader):
     def encoded(self, i: int) -> bytes:
         data = self.files[i]
         if data is None:
-            raise UnreadableImage("gone")
+            raise UnreadableSample("gone")
         return data
 
 
@@ -45,7 +45,7 @@ def both_kinds(count: int) -> list[Images]:
     """The same images, with ten times their number for a label, in memory and stored."""
     pixels, labels = [noise(i) for i in range(count)], np.arange(count) * 10
     resident = ResidentImages(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), labels)
-    return [resident, StoredImages(InMemory([encoded(p, "png") for p in pixels]), labels)]
+    return [resident, StoredSamples(InMemory([encoded(p, "png") for p in pixels]), labels)]
 
 
 def test_subsets_keep_pixels_and_labels_together_in_the_given_order() -> None:
@@ -68,7 +68,7 @@ def test_pictures_have_the_size_of_their_pixels() -> None:
 
 def test_a_subset_of_stored_images_has_their_names_and_files() -> None:
     images = both_kinds(6)[1]
-    assert isinstance(images, StoredImages)
+    assert isinstance(images, StoredSamples)
     subset = images.subset(np.array([4, 0, 5])).subset(np.array([2, 0]))
     assert [subset.name(i) for i in range(2)] == ["file 5", "file 4"]
     assert [subset.number(i) for i in range(2)] == [5, 4]
@@ -97,7 +97,7 @@ def test_unreadable_resident_images_keep_their_name_and_reason_in_a_subset() -> 
     images = ResidentImages(pixels, np.arange(5), unreadable).subset(np.array([4, 3, 0, 1]))
     assert [images.name(i) for i in range(4)] == ["image 0", "b.jpg", "image 2", "a.jpg"]
     for i, reason in ((1, "it is empty"), (3, "it is cut")):
-        with pytest.raises(UnreadableImage, match=reason):
+        with pytest.raises(UnreadableSample, match=reason):
             images.open(i)
     assert images.open(0).pixels().shape == (6, 8, 3)
 
@@ -107,7 +107,7 @@ def test_an_encoded_reader_passes_on_its_channels_its_limit_and_its_errors() -> 
     reader = InMemory(files, channels=1, max_pixels=48)
     assert reader.open(0).pixels().shape == (6, 8, 1)
     for i, reason in ((1, "`max_pixels` 48"), (2, "of no known image format"), (3, "gone")):
-        with pytest.raises(UnreadableImage, match=reason):
+        with pytest.raises(UnreadableSample, match=reason):
             reader.open(i)
 
 
@@ -267,12 +267,12 @@ class Failing(Dataset):
 
 def test_an_item_whose_reading_fails_is_unreadable_by_its_number_and_the_error() -> None:
     images = opened(DatasetSource(Failing(), query=Failing())).train
-    assert isinstance(images, StoredImages)
+    assert isinstance(images, StoredSamples)
     assert images.name(0) == "item 0 of Failing"
     assert images.encoded(0) is None
-    with pytest.raises(UnreadableImage, match=r"FileNotFoundError: a\.jpg"):
+    with pytest.raises(UnreadableSample, match=r"FileNotFoundError: a\.jpg"):
         images.open(0)
-    with pytest.raises(UnreadableImage, match="UnidentifiedImageError"):
+    with pytest.raises(UnreadableSample, match="UnidentifiedImageError"):
         images.open(1)
     assert np.array_equal(images.open(2).pixels(), noise(2))
 
@@ -281,5 +281,5 @@ def test_a_lazy_pil_image_that_is_damaged_is_unreadable_when_read() -> None:
     damaged = encoded(noise(0, 90, 90), "png")[:2000]
     items = Listed([Image.open(io.BytesIO(damaged))])
     images = opened(DatasetSource(items, query=items)).train
-    with pytest.raises(UnreadableImage, match="truncated"):
+    with pytest.raises(UnreadableSample, match="truncated"):
         images.open(0)

@@ -40,6 +40,7 @@ PARSED = {
     "encoder.safetensors": "the file that `simclr import` would write",
     "onnx": "tests/test_commands_export.py",
     "--resume": "tests/test_resume.py",
+    "similarity ": "needs a run of texts: tests/test_commands_similarity.py",
     "--trainer.devices": "several processes: tests/test_two_hosts.py and others",
     "--trainer.num_nodes": "several machines",
 }

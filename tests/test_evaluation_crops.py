@@ -54,7 +54,7 @@ def by_hand(name: str) -> dict[str, Any]:
     """A plain loop over the same batches."""
     encoder, module = encoders()[name].eval(), data()
     module.setup("validate")
-    train = module.images("train")
+    train = module.samples("train")
     steps = math.ceil(len(train) / BATCH)
     module.global_batch_size = len(train) // steps
     held = hold_out(torch.from_numpy(train.labels))

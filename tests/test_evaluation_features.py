@@ -9,8 +9,9 @@ from ranks import on_ranks
 from tiny import tiny_data, tiny_model, tiny_trainer, weights
 
 from simclr_pl import ContrastiveDataModule, InputError
+from simclr_pl.augment import Augment
 from simclr_pl.data import DatasetSource
-from simclr_pl.evaluation.features import CleanViews, encode_clean_views, raw_pixels
+from simclr_pl.evaluation.features import CleanViews, encode_clean_views
 
 
 class Half(torch.utils.data.Dataset[Any]):
@@ -30,7 +31,7 @@ class Half(torch.utils.data.Dataset[Any]):
 
 def by_callback() -> dict[str, Any]:
     devices = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    views = CleanViews(pixels=True)
+    views = CleanViews(raw=True)
     trainer = tiny_trainer([views], devices=devices, strategy="ddp" if devices > 1 else "auto")
     trainer.validate(tiny_model(), tiny_data(bank_size=301, eval_batch_size=64), verbose=False)
     return {name: views.collected.take(name) for name in ("bank", "query")}
@@ -75,7 +76,7 @@ def test_beside_the_loops_the_features_are_the_same_and_nothing_changes() -> Non
     model.load_state_dict(tiny_model().state_dict())
     model.train()
     before, state = weights(model), torch.get_rng_state()
-    found = encode_clean_views(trainer, model, pixels=True)
+    found = encode_clean_views(trainer, model, raw=True)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert all(torch.equal(value, before[k]) for k, value in model.state_dict().items())
@@ -90,7 +91,7 @@ def test_beside_the_loops_the_features_are_the_same_and_nothing_changes() -> Non
 def test_unlabelled_images_are_left_out_and_bfloat16_gives_float32() -> None:
     source = DatasetSource(Half(40), Half(20), channels=1)
     data = ContrastiveDataModule(source, 8, num_workers=0, eval_batch_size=7, resident="none")
-    views = CleanViews(pixels=True)
+    views = CleanViews(raw=True)
     trainer = tiny_trainer([views], precision="bf16-mixed")
     trainer.validate(tiny_model(), data, verbose=False)
     features, pixels = views.collected.take("query")
@@ -113,5 +114,5 @@ def test_images_without_labels_are_refused_by_name() -> None:
 def test_large_pixels_are_averaged_down_to_32() -> None:
     views = torch.arange(2 * 64 * 64.0).view(2, 1, 64, 64)
     expected = views.view(2, 1, 32, 2, 32, 2).mean((3, 5)).flatten(1)
-    torch.testing.assert_close(raw_pixels(views), expected)
-    assert torch.equal(raw_pixels(views[..., :20, :20]), views[..., :20, :20].flatten(1))
+    torch.testing.assert_close(Augment().raw(views), expected)
+    assert torch.equal(Augment().raw(views[..., :20, :20]), views[..., :20, :20].flatten(1))

@@ -144,7 +144,7 @@ def test_even_batches_take_nearly_all_images_in_the_fewest_steps(
     count: int, most: int, ranks: int
 ) -> None:
     if count < ranks:
-        with pytest.raises(InputError, match=f"got {count} images"):
+        with pytest.raises(InputError, match=f"got {count} samples"):
             even_batch(count, most, ranks)
         return
     batch = even_batch(count, most, ranks)
@@ -235,8 +235,8 @@ def test_images_of_further_classes_are_an_error() -> None:
 def test_query_images_without_labels_are_an_error() -> None:
     data = few_digits()
     data.setup()
-    data.images("query").labels[:] = -1
-    with pytest.raises(InputError, match="accuracy needs labelled query images; got none"):
+    data.samples("query").labels[:] = -1
+    with pytest.raises(InputError, match="accuracy needs labelled query samples; got none"):
         trainer_of().predict(FineTune(classifier()), datamodule=data)
 
 

@@ -152,5 +152,5 @@ def test_no_labelled_images_is_an_error() -> None:
     bank, query = digits()
     none = Labelled(torch.empty(0, 64), torch.empty(0, dtype=torch.int64))
     for sets in ((none, query), (bank, none)):
-        with pytest.raises(InputError, match=r"needs at least 2 labelled bank images and 1 query"):
+        with pytest.raises(InputError, match=r"needs at least 2 labelled bank samples and 1 query"):
             linear_protocol(*sets, 10)

@@ -116,32 +116,39 @@ def test_sums_over_many_like_rows_keep_their_digits(interpreted: Run) -> None:
     assert_near(g, 2 * e @ every.double(), 1e-7)
 
 
-def nt_xent_of_kernels(z: Tensor, decoupled: bool) -> tuple[Tensor, Tensor, Statistics]:
+def nt_xent_of_kernels(z: Tensor, variant: dict[str, str]) -> tuple[Tensor, Tensor, Statistics]:
     from simclr_pl.loss_triton import PairKernels
 
     losses._engine_for = lambda own, ids: PairKernels  # in the interpreting process only
-    return value_gradient_statistics(z, 0.2, decoupled)
+    return value_gradient_statistics(z, 0.2, **variant)
 
 
 def value_gradient_statistics(
-    z: Tensor, temperature: float, decoupled: bool = False
+    z: Tensor, temperature: float, **variant: Any
 ) -> tuple[Tensor, Tensor, Statistics]:
     z = z.detach().requires_grad_()
     statistics: list[Statistics] = []
-    loss = nt_xent(z, temperature=temperature, decoupled=decoupled, statistics=statistics)
+    loss = nt_xent(z, temperature=temperature, statistics=statistics, **variant)
     loss.backward()
     assert z.grad is not None
     return loss.detach(), z.grad, statistics[0]
 
 
-@pytest.mark.parametrize("decoupled", [False, True])
+VARIANTS: list[dict[str, str]] = [
+    {},
+    {"denominator": "negatives"},
+    {"denominator": "both_negatives", "similarity": "euclidean"},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_nt_xent_through_kernels_matches_float64(
-    interpreted: Run, shape: tuple[int, int, int], decoupled: bool
+    interpreted: Run, shape: tuple[int, int, int], variant: dict[str, str]
 ) -> None:
     z = torch.randn(shape)
-    value, gradient, statistics = interpreted(nt_xent_of_kernels, z, decoupled)
-    expected = value_gradient_statistics(z.double(), 0.2, decoupled)
+    value, gradient, statistics = interpreted(nt_xent_of_kernels, z, variant)
+    expected = value_gradient_statistics(z.double(), 0.2, **variant)
     assert_near(value, expected[0])
     assert_near(gradient, expected[1])
     torch.testing.assert_close(

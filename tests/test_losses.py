@@ -7,115 +7,40 @@ from threading import Barrier
 
 import pytest
 import torch
-import torch.nn.functional as F
+from loss_oracles import (
+    DENOMINATORS,
+    OperationCounter,
+    all_pairs,
+    assert_equal_to,
+    brute_force,
+    dense,
+    dense_statistics,
+    float64,
+    label_ids,
+    random_ids,
+    relative_error,
+    value_and_gradients,
+)
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from simclr_pl import loss_tiles
 from simclr_pl.errors import InputError
+from simclr_pl.loss_anchors import Denominator
 from simclr_pl.losses import NTXentLoss, Statistics, nt_xent
-
-# The oracles.
-
-
-def brute_force(z: Tensor, ids: Tensor, temperature: float, decoupled: bool = False) -> Tensor:
-    """Row by row and term by term, by autograd: z (V, B, D), ids (V, B)."""
-    rows = [row / row.norm() for row in z.flatten(0, 1)]
-    names = ids.flatten().tolist()
-    losses = []
-    for i, anchor in enumerate(rows):
-        others = [j for j in range(len(rows)) if j != i]
-        positives = [j for j in others if names[j] == names[i]]
-        summed = [j for j in others if not (decoupled and j in positives)]
-        if not positives or not summed:
-            continue
-        s = {j: anchor @ rows[j] / temperature for j in others}
-        lse = torch.stack([s[j] for j in summed]).exp().sum().log()
-        losses.append(torch.stack([lse - s[j] for j in positives]).mean())
-    return torch.stack(losses).mean()
-
-
-def all_pairs(z: Tensor, ids: Tensor | None, temperature: float | Tensor) -> tuple[Tensor, ...]:
-    """Similarities and the masks of positives and of self, (N, N) each."""
-    rows = F.normalize(z.double().flatten(0, 1), dim=1)
-    names = torch.arange(z.shape[1]).repeat(len(z)) if ids is None else ids.flatten()
-    itself = torch.eye(len(rows), dtype=torch.bool)
-    positive = (names[:, None] == names) & ~itself
-    return rows @ rows.T / temperature, positive, itself
-
-
-def dense(
-    z: Tensor,
-    ids: Tensor | None = None,
-    temperature: float | Tensor = 0.5,
-    decoupled: bool = False,
-) -> Tensor:
-    """From the whole matrix in float64, by autograd: z (V, B, D), ids (V, B)."""
-    s, positive, itself = all_pairs(z, ids, temperature)
-    summed = ~itself & ~positive if decoupled else ~itself
-    anchors = positive.any(1) & summed.any(1)
-    s, positive, summed = s[anchors], positive[anchors], summed[anchors]
-    lse = s.masked_fill(~summed, -torch.inf).logsumexp(1)
-    return (lse - (s * positive).sum(1) / positive.sum(1)).mean()
-
-
-def dense_statistics(z: Tensor, ids: Tensor | None, temperature: float) -> Statistics:
-    s, positive, itself = all_pairs(z, ids, temperature)
-    anchors = positive.any(1)
-    nearest = s.masked_fill(itself, -torch.inf).argmax(1, keepdim=True)
-    entropy = torch.distributions.Categorical(
-        logits=s.masked_fill(itself, torch.finfo(s.dtype).min)
-    ).entropy()
-    return Statistics(
-        positive.gather(1, nearest)[anchors].double().mean(),
-        temperature * s[positive].mean(),
-        temperature * s[~positive & ~itself].mean(),
-        entropy[anchors].mean(),
-    )
-
-
-def value_and_gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return (loss.detach(), *torch.autograd.grad(loss, inputs))
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected).norm() / expected.norm())
-
-
-def assert_equal_to(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], rtol: float) -> None:
-    """The norm of the difference is at most ``rtol`` of the norm, or 1e-12."""
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert (ours - theirs).norm() <= rtol * theirs.norm() + 1e-12
-
-
-def float64(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-
-def random_ids(n_views: int, n_images: int) -> Tensor:
-    """About three rows to an id; of many rows, some have no positive."""
-    n = n_views * n_images
-    return torch.randint(0, max(1, n // 3), (n_views, n_images))
-
-
-def label_ids(n_views: int, n_images: int) -> Tensor:
-    return torch.randint(0, 10, (n_images,)).repeat(n_views, 1)
-
 
 # Exactness in float64.
 
 
-@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("denominator", DENOMINATORS)
 @pytest.mark.parametrize("n_views", [2, 3])
-def test_dense_oracle_equals_brute_force(n_views: int, decoupled: bool) -> None:
+def test_dense_oracle_equals_brute_force(n_views: int, denominator: Denominator) -> None:
     z, random = float64(n_views, 7, 4), random_ids(n_views, 7)
     for ids in (None, random):
         names = torch.arange(7).repeat(n_views, 1) if ids is None else ids
-        actual = value_and_gradients(dense(z, ids, 0.3, decoupled), z)
-        expected = value_and_gradients(brute_force(z, names, 0.3, decoupled), z)
+        actual = value_and_gradients(dense(z, ids, 0.3, denominator), z)
+        expected = value_and_gradients(brute_force(z, names, 0.3, denominator), z)
         assert_equal_to(actual, expected, 1e-13)
 
 
@@ -149,8 +74,8 @@ def test_ids_choose_the_positives_and_rows_without_any_leave_the_mean(n_views: i
 def test_every_size_and_variant_matches_dense_with_any_cache(
     variant: str, n_views: int, n_images: int, width: int
 ) -> None:
-    decoupled = variant.startswith("decoupled")
-    n_images = max(n_images, 2) if decoupled else n_images
+    denominator: Denominator = "negatives" if variant.startswith("decoupled") else "all"
+    n_images = n_images if denominator == "all" else max(n_images, 2)
     ids = None
     if variant == "labels":
         ids = label_ids(n_views, n_images)
@@ -160,30 +85,30 @@ def test_every_size_and_variant_matches_dense_with_any_cache(
         ids[1, 0] = 0
     z = float64(n_views, n_images, width)
     temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-    expected = value_and_gradients(dense(z, ids, temperature, decoupled), z, temperature)
+    expected = value_and_gradients(dense(z, ids, temperature, denominator), z, temperature)
     first = None
     for cache_mb in (64, 0.5, 0.01, 0) if n_images < 1000 else (4.5, 0):
-        loss = nt_xent(z, ids, temperature, decoupled=decoupled, cache_mb=cache_mb)
+        loss = nt_xent(z, ids, temperature, denominator=denominator, cache_mb=cache_mb)
         actual = value_and_gradients(loss, z, temperature)
         assert_equal_to(actual, expected, 1e-10)
         first = first or actual
         assert_equal_to(actual, first, 1e-12)
 
 
-@pytest.mark.parametrize("decoupled", [False, True])
-def test_one_large_group_of_positives_matches_dense(decoupled: bool) -> None:
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+def test_one_large_group_of_positives_matches_dense(denominator: Denominator) -> None:
     z = float64(2, 300, 16)
     ids = torch.zeros(2, 300, dtype=torch.int64)
     ids[:, 290:] = 1
-    actual = value_and_gradients(nt_xent(z, ids, 0.1, decoupled=decoupled), z)
-    assert_equal_to(actual, value_and_gradients(dense(z, ids, 0.1, decoupled), z), 1e-11)
+    actual = value_and_gradients(nt_xent(z, ids, 0.1, denominator=denominator), z)
+    assert_equal_to(actual, value_and_gradients(dense(z, ids, 0.1, denominator), z), 1e-11)
 
 
-@pytest.mark.parametrize("decoupled", [False, True])
-def test_loss_without_any_positive_is_zero(decoupled: bool) -> None:
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+def test_loss_without_any_positive_is_zero(denominator: Denominator) -> None:
     z = float64(2, 200, 4)
     ids = torch.arange(400).view(2, 200)
-    value, gradient = value_and_gradients(nt_xent(z, ids, 0.1, decoupled=decoupled), z)
+    value, gradient = value_and_gradients(nt_xent(z, ids, 0.1, denominator=denominator), z)
     assert value == 0
     assert not gradient.any()
 
@@ -196,14 +121,16 @@ def test_rows_of_zeros_give_a_finite_loss_and_gradient() -> None:
     )
 
 
-@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("denominator", DENOMINATORS)
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize("n_views", [2, 3])
-def test_gradcheck_of_rows_and_temperature(n_views: int, with_ids: bool, decoupled: bool) -> None:
+def test_gradcheck_of_rows_and_temperature(
+    n_views: int, with_ids: bool, denominator: Denominator
+) -> None:
     ids = torch.tensor([[0, 1, 2, 3], [0, 0, 2, 4], [5, 1, 2, 6]])[:n_views] if with_ids else None
 
     def loss(z: Tensor, temperature: Tensor) -> Tensor:
-        return nt_xent(z, ids, temperature, decoupled=decoupled)
+        return nt_xent(z, ids, temperature, denominator=denominator)
 
     temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(loss, (float64(n_views, 4, 3), temperature))
@@ -372,18 +299,6 @@ def test_extra_memory_is_the_cache_and_little_more(cache_mb: int, least: int, mo
     assert least < float(done.stdout) < most
 
 
-class OperationCounter(TorchDispatchMode):
-    """Counts the operations dispatched inside, of a namespace or of one name."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name, self.calls = name, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.calls += self.name in (func.namespace, func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("n_images", [8, 300])
 def test_loss_without_gradient_is_the_same_and_skips_the_second_pass(n_images: int) -> None:
     z, temperature = float64(2, n_images, 4), torch.tensor(0.3).double().requires_grad_()
@@ -451,27 +366,27 @@ def test_two_threads_at_once_get_their_own_results() -> None:
 def test_module_equals_function_and_shows_its_temperature() -> None:
     z, ids = torch.randn(2, 4, 3), random_ids(2, 4)
     assert NTXentLoss(0.2)(z) == nt_xent(z, temperature=0.2)
-    decoupled = NTXentLoss(0.2, decoupled=True, cache_mb=0)
-    assert decoupled(z, ids) == nt_xent(z, ids, 0.2, decoupled=True)
+    decoupled = NTXentLoss(0.2, denominator="negatives", cache_mb=0)
+    assert decoupled(z, ids) == nt_xent(z, ids, 0.2, denominator="negatives")
     assert repr(NTXentLoss(0.2)) == "NTXentLoss(temperature=0.2)"
-    assert repr(decoupled) == "NTXentLoss(temperature=0.2, decoupled)"
+    assert repr(decoupled) == "NTXentLoss(temperature=0.2, denominator=negatives)"
     assert "learnable within (0.1, 1.0)" in repr(NTXentLoss(0.2, True, (0.1, 1.0)))
     assert not list(NTXentLoss(0.2).parameters())
 
 
-@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("denominator", DENOMINATORS)
 @pytest.mark.parametrize("n_images", [5, 200])
 def test_gradient_of_learnable_log_temperature_matches_dense(
-    n_images: int, decoupled: bool
+    n_images: int, denominator: Denominator
 ) -> None:
     z = float64(2, n_images, 6)
-    module = NTXentLoss(0.2, learnable=True, decoupled=decoupled).double()
+    module = NTXentLoss(0.2, learnable=True, denominator=denominator).double()
     actual = value_and_gradients(module(z), z, module.log_temperature)
     log_temperature = torch.tensor(0.2).log().double().requires_grad_()
-    loss = dense(z, None, log_temperature.exp(), decoupled)
+    loss = dense(z, None, log_temperature.exp(), denominator)
     assert_equal_to(actual, value_and_gradients(loss, z, log_temperature), 1e-6)
     log_temperature.data.copy_(module.log_temperature.data)
-    loss = dense(z, None, log_temperature.exp(), decoupled)
+    loss = dense(z, None, log_temperature.exp(), denominator)
     assert_equal_to(actual, value_and_gradients(loss, z, log_temperature), 1e-11)
 
 
@@ -541,8 +456,9 @@ def test_shapes_are_checked() -> None:
         nt_xent(torch.randn(1, 1, 3))
     with pytest.raises(InputError, match=r"other views; got \(1, 4, 3\)"):
         nt_xent(torch.randn(1, 4, 3))
-    with pytest.raises(InputError, match=r"needs a negative; got \(2, 1, 3\)"):
-        nt_xent(torch.randn(2, 1, 3), decoupled=True)
+    for denominator in DENOMINATORS[1:]:
+        with pytest.raises(InputError, match=rf"{denominator} needs a negative; got \(2, 1, 3\)"):
+            nt_xent(torch.randn(2, 1, 3), denominator=denominator)
     with pytest.raises(InputError, match=r"must be \(V, B\) = \(2, 3\); got \(3, 2\)"):
         nt_xent(torch.randn(2, 3, 4), torch.zeros(3, 2, dtype=torch.int64))
 
@@ -574,7 +490,8 @@ class Trainee(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.encoder = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, WIDTH))
-        self.loss = NTXentLoss(0.2, variant == "learnable", decoupled="decoupled" in variant)
+        denominator: Denominator = "negatives" if "decoupled" in variant else "all"
+        self.loss = NTXentLoss(0.2, variant == "learnable", denominator=denominator)
         self.double()
 
     def forward(self, x: Tensor, ids: Tensor | None, seen: list[Statistics]) -> Tensor:

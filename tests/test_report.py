@@ -20,8 +20,13 @@ from simclr_pl.report.reading import Run
 from simclr_pl.report.results import result_rows
 from simclr_pl.report.ridges import ridges_of
 
-SCORES = {"knn_top1": 0.9, "knn_top1_init": 0.4, "knn_top1_pixels": 0.6}
-SCORES |= {"linear_top1": 0.95, "linear_top1_init": 0.7, "linear_top1_pixels": 0.2}
+SCORES = {"knn_top1": 0.9, "knn_top1_init": 0.4, "knn_top1_raw": 0.6}
+SCORES |= {
+    "raw_name": "raw pixels",
+    "linear_top1": 0.95,
+    "linear_top1_init": 0.7,
+    "linear_top1_raw": 0.2,
+}
 
 
 def write_run(folder: Path, **files: str) -> Path:
@@ -334,7 +339,7 @@ def test_unreadable_images_and_bad_steps_are_listed_up_to_a_number(tmp_path: Pat
     bad = "step\tloss\tgradient_norm\tscale\timage\n7\tnan\t1.5\t1.0\tcat.png\n"
     folder = write_run(tmp_path / "run", **{"unreadable.tsv": lines, "bad_steps.tsv": bad})
     text = page(folder)
-    assert "60 unreadable images" in text
+    assert "60 unreadable samples" in text
     assert text.count("broken &amp; torn") == 50
     assert "The first 50; unreadable.tsv has all." in text
     assert "<td>cat.png</td>" in text

@@ -22,7 +22,7 @@ from simclr_pl.callbacks import (
     OnlineLinearProbe,
 )
 from simclr_pl.data import Digits
-from simclr_pl.data.batches import Loader
+from simclr_pl.data.loader import Loader
 from simclr_pl.errors import InputError
 
 pytestmark = [

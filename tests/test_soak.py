@@ -20,7 +20,7 @@ from ranks import processes_of
 
 from simclr_pl.cli import main
 
-FAULTS = int(os.environ.get("SIMCLR_TEST_FAULTS", "8"))
+FAULTS = int(os.environ.get("SIMCLR_TEST_FAULTS", "6"))
 AT_MOST = 5  # steps from the start of a job to its fault
 EPOCH = 16  # steps
 LOST, PREEMPTED, KILLED = 75, 85, -signal.SIGKILL

@@ -150,7 +150,7 @@ def test_config_and_summary_are_those_of_the_whole_run(tracked: list[WandbRun]) 
     losses = [row["train/loss"] for row in rows]
     assert first["train/loss"] == {"min": min(losses), "last": losses[-1]}
     assert set(second["knn/top1"]) == {"max", "last"}
-    assert {"summary/knn_top1", "summary/linear_top1", "summary/knn_top1_pixels"} <= set(second)
+    assert {"summary/knn_top1", "summary/linear_top1", "summary/knn_top1_raw"} <= set(second)
 
 
 def test_the_newest_checkpoint_and_the_best_of_a_metric_are_artifacts(

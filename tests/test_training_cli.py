@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import wandb
 import yaml
 from PIL import Image
+from ranks import processes_of
 from trained import simclr
 
 from simclr_pl.callbacks import EvaluationPace
@@ -45,15 +47,15 @@ def test_run_folder_holds_config_metrics_checkpoint_and_summary(run: Path) -> No
         rows = list(csv.DictReader(file))
     logged = {key for row in rows for key, value in row.items() if value}
     assert {"train/loss", "train/learning_rate", "knn/top1", "probe/top1"} <= logged
-    assert {"throughput/data", "throughput/images_per_second", "data/unreadable"} <= logged
+    assert {"throughput/data", "throughput/samples_per_second", "data/unreadable"} <= logged
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
     summary = json.loads((run / "summary.json").read_text())
     assert {
         "knn_top1",
         "linear_top1",
         "knn_top1_init",
-        "knn_top1_pixels",
-        "images_per_second",
+        "knn_top1_raw",
+        "samples_per_second",
         "steps",
         "seconds",
         "time",
@@ -304,7 +306,7 @@ def test_help_opens_with_an_example_and_what_people_set_first(
     text = page(capsys, "fit", "--help")
     example, words = text.index("    simclr fit --config quickstart\n"), " ".join(text.split())
     assert example < text.index("--data.global_batch_size INT")
-    assert "Images (not views) of one step over all ranks. (default: 256)" in words
+    assert "Samples (not views) of one step over all ranks. (default: 256)" in words
     assert "keeps it within 1 % of the encoder's work" in words
     assert f"sets its options: {', '.join(_MONITORS)}." in words
     assert text.count("\n  --") <= 25
@@ -345,10 +347,20 @@ def test_two_ranks_launched_by_the_trainer(tmp_path: Path) -> None:
     assert summary["steps"] == 6
 
 
-def test_a_batch_that_does_not_divide_by_the_ranks_is_one_line(tmp_path: Path) -> None:
-    root = ["--trainer.default_root_dir", str(tmp_path), "--data.global_batch_size", "63"]
+def fit_63_images(folder: Path) -> None:
+    log = os.open(folder / f"log_{os.environ['RANK']}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 2)
+    root = ["--trainer.default_root_dir", str(folder), "--data.global_batch_size", "63"]
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    failed = simclr("fit", *QUICK, *SHORT, *QUIET, *root, *two)
-    assert failed.returncode == 2
-    assert "must divide by the number of ranks; got 63 for 2 ranks" in failed.stderr
-    assert "Traceback" not in failed.stderr
+    main(["fit", *QUICK, *SHORT, *QUIET, *root, *two])
+
+
+def test_a_batch_that_does_not_divide_by_the_ranks_is_one_line(tmp_path: Path) -> None:
+    ranks = processes_of(2, fit_63_images, tmp_path)
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [2, 2]
+    for log in tmp_path.glob("log_*.txt"):
+        assert "must divide by the number of ranks; got 63 for 2 ranks" in log.read_text()
+        assert "Traceback" not in log.read_text()
+    assert len(list(tmp_path.glob("log_*.txt"))) == 2

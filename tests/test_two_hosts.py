@@ -20,14 +20,14 @@ from ranks import processes_of
 from simclr_pl.cli import main
 
 SCRIPT = Path(__file__).parents[1] / "configs/cluster/torchrun.sh"
-CUT_AT, STEPS = 25, 80
+CUT_AT, STEPS = 12, 50
 CONFIG = """
 name: run
 model:
   encoder: {class_path: simclr_pl.ConvEncoder, init_args: {width: 4, in_channels: 1}}
 data: {source: {class_path: simclr_pl.data.Digits}, global_batch_size: 64, bank_size: 30}
 trainer:
-  max_epochs: 8
+  max_epochs: 5
   limit_train_batches: 10
   limit_val_batches: 0
   log_every_n_steps: 1

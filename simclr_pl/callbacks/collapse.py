@@ -1,7 +1,7 @@
 """Whether features collapse: their rank and spread, and the cosines of pairs.
 
-Symbols: B images of a step on this rank, V views, W ranks, E feature width, D projection width, b images
-measured of each rank.
+Symbols: B samples of a step on this rank, V views, W ranks, E feature width, D projection width, b
+samples measured of each rank, m of all ranks whose views are all their own.
 """
 
 import json
@@ -20,14 +20,14 @@ from simclr_pl.errors import InputError
 
 _log = logging.getLogger(__name__)
 
-_FEWEST = 8  # images: fewer say nothing of a collapse
+_FEWEST = 8  # samples: fewer say nothing of a collapse
 _BINS = 100
 
 _CURES = (
     "What usually cures it: a lower learning rate (`model.optimizer.lr`; see `model.lr_scaling`) or a "
     "longer warm-up (`model.warmup_epochs`); a temperature between 0.1 and 0.5 (`model.temperature`); a "
     "projection head with batch norm (`model.projector`), statistics of the global batch on several "
-    "ranks (`trainer.sync_batchnorm`); weaker weight decay. Else see whether the images differ from "
+    "ranks (`trainer.sync_batchnorm`); weaker weight decay. Else see whether the samples differ from "
     "each other (`simclr data check`), and whether an encoder of your own answers to its input."
 )
 
@@ -35,27 +35,30 @@ _CURES = (
 class CollapseMonitor(Callback):
     """Measures how many dimensions the representation fills, and warns when it collapses.
 
-    Every ``every_n_steps`` training steps, and at the first, on images spread evenly over the global
+    Every ``every_n_steps`` training steps, and at the first, on samples spread evenly over the global
     batch, the same ones at any rank count that divides their number. Logs
 
     - ``collapse/feature_rank``, ``collapse/projection_rank``: RankMe (arXiv:2210.02885) of each
-      image's first view; 1 is a point or a line through zero, the most is the number of images or the
+      sample's first view; 1 is a point or a line through zero, the most is the number of samples or the
       width;
     - ``collapse/feature_std``, ``collapse/projection_std``: deviation of its L2-normalised rows
       (arXiv:2011.10566); 0 is a point, 1 an even spread over the sphere;
     - ``collapse/alignment``, ``collapse/uniformity`` (arXiv:2005.10242) and ``collapse/top1``, the share
-      of the views whose nearest neighbour shows the same image, all of the projections.
+      of the views whose nearest neighbour shows the same sample, all of the projections.
+
+    Where views stand in for those of other samples (``data.replace_probability``), these three are of the
+    samples whose views are all their own; with fewer than two of them they are left out.
 
     Histograms of the cosines of positive and negative pairs go to ``histograms.jsonl`` in the run's
     folder, one JSON object a line with the ``step`` as in metrics.csv and the counts in equal bins over
     [-1, 1], and to Weights & Biases and TensorBoard where they are on.
 
-    One warning in a run says that features collapse, and what usually cures it. At least 8 images are
+    One warning in a run says that features collapse, and what usually cures it. At least 8 samples are
     needed for it. The device is waited for in the measured steps only.
 
     Args:
         every_n_steps: steps from one measurement to the next.
-        max_images: images measured, over all ranks; each rank gives the same number, at least one.
+        max_images: samples measured, over all ranks; each rank gives the same number, at least one.
         min_rank: warn where a rank is below it, or below a quarter of the highest possible one if that
             is less. Rows on a line have a rank of at most 2, in bfloat16 2.6; at widths of 32 and more,
             untrained encoders and healthy runs measured 9 and more.
@@ -108,39 +111,43 @@ class CollapseMonitor(Callback):
         self._latest = step
         if step != 1 and step % self.every_n_steps:
             return
-        n_images = len(outputs["index"])
-        h = self._of_all_ranks(outputs["features"], n_images)  # (V, W*b, E)
-        z = self._of_all_ranks(outputs["projections"], n_images)  # (V, W*b, D)
-        measured = _measure(h, z)
+        count = len(outputs["index"])
+        h = self._of_all_ranks(outputs["features"], count)  # (V, W*b, E)
+        z = own = self._of_all_ranks(outputs["projections"], count)  # (V, W*b, D)
+        if "ids" in outputs:
+            ids = self._of_all_ranks(outputs["ids"].reshape(-1, 1), count)[..., 0]  # (V, W*b)
+            own = z[:, (ids == ids[0]).all(0)]  # (V, m, D)
+        measured = _of_views(h, z)
+        if pairs := own.shape[1] > 1 or own is z:
+            measured |= _of_pairs(own)
         # One wait for the device, for all of them.
         values = dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True))
         # Lightning's own logging keeps the steps that are multiples of `log_every_n_steps` only: it
         # serves the callbacks, and the loggers get every value from here.
         pl_module.log_dict(values, logger=False)
-        histograms = metrics.similarity_histograms(z, _BINS)
+        histograms = metrics.similarity_histograms(own, _BINS) if pairs else None
         if trainer.is_global_zero:
-            self._write(trainer, values, histograms.positive.tolist(), histograms.negative.tolist())
+            self._write(trainer, values, histograms)
         self._judge(values, h, z, step)
 
-    def _of_all_ranks(self, rows: Tensor, n_images: int) -> Tensor:
+    def _of_all_ranks(self, rows: Tensor, count: int) -> Tensor:
         """(V*B, width) of this rank -> (V, W*b, width) of all."""
-        b = max(1, min(n_images, self.max_images // world_size()))
-        chosen = torch.arange(b, device=rows.device) * n_images // b
-        images = rows.view(-1, n_images, rows.shape[1]).transpose(0, 1)[chosen]  # (b, V, width)
-        return gather_rows(images).transpose(0, 1)
+        b = max(1, min(count, self.max_images // world_size()))
+        chosen = torch.arange(b, device=rows.device) * count // b
+        samples = rows.view(-1, count, rows.shape[1]).transpose(0, 1)[chosen]  # (b, V, width)
+        return gather_rows(samples).transpose(0, 1)
 
     def _write(
-        self,
-        trainer: Trainer,
-        values: dict[str, float],
-        positive: list[int],
-        negative: list[int],
+        self, trainer: Trainer, values: dict[str, float], histograms: metrics.Histograms | None
     ) -> None:
         step = trainer.global_step - 1  # from 0, as Lightning numbers train/loss
         epoch = trainer.current_epoch
         for logger in trainer.loggers:
             logger.log_metrics({**values, "epoch": epoch}, step)
             logger.save()
+        if histograms is None:
+            return
+        positive, negative = histograms.positive.tolist(), histograms.negative.tolist()
         log_histogram(trainer.loggers, "collapse/positives", positive, step)
         log_histogram(trainer.loggers, "collapse/negatives", negative, step)
         if self._folder is not None:
@@ -173,14 +180,20 @@ class CollapseMonitor(Callback):
         self._warned = state_dict["warned"]
 
 
-def _measure(h: Tensor, z: Tensor) -> dict[str, Tensor]:
-    """Scalars of features (V, n, E) and projections (V, n, D)."""
-    others = [metrics.alignment(z[i], z[j]) for i in range(len(z)) for j in range(i)]
+def _of_views(h: Tensor, z: Tensor) -> dict[str, Tensor]:
+    """Scalars of features (V, n, E) and projections (V, n, D): of the first view."""
     return {
         "collapse/feature_rank": metrics.rank_me(h[0]),
         "collapse/feature_std": metrics.deviation(h[0]),
         "collapse/projection_rank": metrics.rank_me(z[0]),
         "collapse/projection_std": metrics.deviation(z[0]),
+    }
+
+
+def _of_pairs(z: Tensor) -> dict[str, Tensor]:
+    """Scalars of projections (V, m, D), where a column's views are of one sample."""
+    others = [metrics.alignment(z[i], z[j]) for i in range(len(z)) for j in range(i)]
+    return {
         "collapse/alignment": torch.stack(others).mean(),
         "collapse/uniformity": torch.stack([metrics.uniformity(view) for view in z]).mean(),
         "collapse/top1": metrics.contrastive_top1(z),

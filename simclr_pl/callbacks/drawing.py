@@ -125,25 +125,28 @@ def scaled(image: np.ndarray, scale: float) -> np.ndarray:
     return np.broadcast_to(image, (*image.shape[:2], 3))
 
 
-def draw_views(originals: Sequence[np.ndarray | None], views: Sequence[np.ndarray]) -> np.ndarray:
+def draw_views(
+    originals: Sequence[np.ndarray | None], views: Sequence[np.ndarray], unit: str = "images"
+) -> np.ndarray:
     """A column for each image: the stored image on top, its views below.
 
     Args:
         originals: n images (H, W, C) uint8, or None for one that cannot be shown.
-        views: for each view (n, S, S, C) uint8; small views keep their relation to the first view's size.
+        views: for each view (n, H, W, C) uint8; small views keep their relation to the first view's size.
+        unit: what the images are of.
 
     Returns:
         The picture, (H, W, 3) uint8.
     """
-    side = views[0].shape[1]
+    high, wide = views[0].shape[1:3]
     scale = _fit(views[0][0], _CELL)
-    cell, left = int(side * scale), 80
+    cell, left = int(max(high, wide) * scale), 80
     rows: list[tuple[str, Sequence[np.ndarray | None], int]] = [("original", originals, cell)]
     rows += [(f"view {v + 1}", list(x), int(x.shape[1] * scale)) for v, x in enumerate(views)]
     width = max(left + len(originals) * (cell + _GAP) - _GAP + _MARGIN, _LEAST_WIDTH)
     height = _HEAD + sum(row_height + _GAP for *_, row_height in rows) + _MARGIN - _GAP
     note = (
-        f"The first images of the first batch, one in each column; views of {side} x {side} pixels."
+        f"The first {unit} of the first batch, one in each column; views of {wide} x {high} pixels."
     )
     sheet = _Sheet(width, height, "Views as the encoder sees them", note)
     y = _HEAD
@@ -198,9 +201,14 @@ def draw_neighbours(rows: Sequence[tuple[Shown, Sequence[Shown]]], step: int) ->
 
 
 def draw_map(
-    xy: np.ndarray, label: np.ndarray, names: Sequence[str], axes: tuple[str, str], step: int
+    xy: np.ndarray,
+    label: np.ndarray,
+    names: Sequence[str],
+    axes: tuple[str, str],
+    step: int,
+    unit: str = "images",
 ) -> np.ndarray:
-    """The query images as points, coloured by class.
+    """The query as points, coloured by class.
 
     Args:
         xy: (n, 2) float.
@@ -208,6 +216,7 @@ def draw_map(
         names: (K,) of the classes, by label.
         axes: what the two axes are.
         step: of training, for the title.
+        unit: what the points are.
 
     Returns:
         The picture, (H, W, 3) uint8.
@@ -216,8 +225,8 @@ def draw_map(
     colours = dict(zip(shown, PALETTE, strict=False))
     others = len(np.unique(label)) - len(shown)
     note = "Nearby points have similar features"
-    note += "; one colour for each class." if shown else "; no image is labelled."
-    title = f"Map of {len(xy):,} query images, step {step:,}"
+    note += "; one colour for each class." if shown else "; without labels."
+    title = f"Map of {len(xy):,} query {unit}, step {step:,}"
     sheet = _Sheet(*_MAP_SIZE, title, note)
     entries = [(colours[k], names[k]) for k in shown]
     if shown and others:

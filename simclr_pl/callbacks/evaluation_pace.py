@@ -27,7 +27,7 @@ class EvaluationPace(Callback):
         """Computes the pace from the sizes of the sets and of the run."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         batches = int(trainer.num_training_batches)  # of an epoch
-        evaluated = len(data.images("bank")) + len(data.images("query"))
+        evaluated = len(data.samples("bank")) + len(data.samples("query"))
         self.every_n_epochs = epochs_between(
             evaluated, batches * data.global_batch_size, data.n_views
         )
@@ -49,8 +49,8 @@ def epochs_between(evaluated: int, trained: int, views: int) -> int:
     """Epochs from one evaluation to the next, >= 1.
 
     Args:
-        evaluated: images of an evaluation.
-        trained: images of an epoch.
+        evaluated: samples of an evaluation.
+        trained: samples of an epoch.
         views: of each image that is trained on.
     """
     return max(1, math.ceil(evaluated / (3 * views * trained * _SHARE)))

@@ -1,6 +1,6 @@
 """Writes features to disk while the trainer predicts.
 
-Symbols: n images of a batch on all ranks, M images in all, E feature width, K neighbours.
+Symbols: n samples of a batch on all ranks, M in all, E feature width, K neighbours.
 """
 
 from pathlib import Path
@@ -19,20 +19,20 @@ from simclr_pl.neighbours import find_neighbours
 
 
 class FeatureWriter(Callback):
-    """Writes the features of a prediction, in constant memory, as one table in the images' order.
+    """Writes the features of a prediction, in constant memory, as one table in the samples' order.
 
     Its columns are ``features`` (M, E) float32, ``label`` (M,) int64 (-1 where there is none), ``index``
-    (M,) int64, the image's number, and ``path`` (M,), what the source calls it. Images that cannot be
+    (M,) int64, the sample's number, and ``path`` (M,), what the source calls it. Samples that cannot be
     read are left out. The file appears when it is whole.
 
     With ``neighbours`` a second table, NAME.neighbours.SUFFIX, follows: ``index`` (M,), ``neighbour``
-    (M, K) int64, the numbers of the images with the most similar features, the image itself left out,
+    (M, K) int64, the numbers of the samples with the most similar features, the sample itself left out,
     and ``similarity`` (M, K) float32, their cosines. For that search, which is exact, each rank keeps its
     share of the features, 4 * M * E / W bytes on W ranks.
 
     Args:
         path: of the file; .parquet or .npz is its format. By default features.npz in the run's folder.
-        neighbours: of each image, K.
+        neighbours: of each sample, K.
 
     Raises:
         InputError: the suffix is another, or ``neighbours`` < 0.
@@ -69,7 +69,7 @@ class FeatureWriter(Callback):
         if self.neighbours:
             self._kept.append((features, outputs["index"]))
         everything = (features, outputs["label"], outputs["index"])
-        # The sampler deals the images out to the ranks one by one: together they are a whole stretch.
+        # The sampler deals the samples out to the ranks one by one: together they are a whole stretch.
         features, label, index = (gather_uneven_rows(part).cpu() for part in everything)
         if self._writer is None or not len(index):
             return
@@ -110,7 +110,7 @@ class FeatureWriter(Callback):
                 self._writer.write({k: v[order].cpu().numpy() for k, v in columns.items()})
         if self._writer is not None:
             self._writer.close()
-            _say(f"{self._writer.rows:,} images' neighbours in {file}")
+            _say(f"{self._writer.rows:,} rows of neighbours in {file}")
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -122,15 +122,15 @@ class FeatureWriter(Callback):
 
 
 def without_self(similarity: Tensor, neighbour: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Leaves each image out of its own neighbours.
+    """Leaves each sample out of its own neighbours.
 
     Args:
         similarity: (n, K + 1), from the nearest on.
         neighbour: (n, K + 1) numbers of the neighbours.
-        index: (n,) numbers of the images.
+        index: (n,) numbers of the samples.
 
     Returns:
-        Both, (n, K): without the image itself, or, where K + 1 copies are as near, without the last.
+        Both, (n, K): without the sample itself, or, where K + 1 copies are as near, without the last.
     """
     itself = neighbour == index[:, None]
     itself[:, -1] |= ~itself.any(1)
@@ -139,7 +139,7 @@ def without_self(similarity: Tensor, neighbour: Tensor, index: Tensor) -> tuple[
 
 
 def _path(images: Any, i: int) -> str:
-    """What the source calls an image, as valid Unicode, also where the file system's is not."""
+    """What the source calls a sample, as valid Unicode, also where the file system's is not."""
     reader: Any = getattr(images, "reader", None)
     # a packed image's name says its shard, too
     name = reader.path(images.number(i)) if hasattr(reader, "path") else images.name(i)

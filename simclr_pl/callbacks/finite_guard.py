@@ -1,6 +1,6 @@
 """Updates that are not finite are not made.
 
-Symbols: B images of this rank's batch, V views, E feature width, N images of an update on all ranks.
+Symbols: B samples of this rank's batch, V views, E feature width, N samples of an update on all ranks.
 """
 
 import csv
@@ -30,7 +30,7 @@ class FiniteGuard(Callback):
 
     Weights, the optimiser's state and the running statistics then stay as they were, on all ranks, to
     the bit. The batch is used up and the step counts, so that the learning rate goes on. The step, its
-    loss, the norm of its gradient, the gradient's scale and the images are reported, where there are
+    loss, the norm of its gradient, the gradient's scale and the samples are reported, where there are
     any those whose features are not finite, and written to `bad_steps.tsv` in the run's folder. What is
     not finite is never saved.
 
@@ -59,8 +59,8 @@ class FiniteGuard(Callback):
         self._in_a_row = 0
         self._reader = DelayedReader(pl_module.device)
         self._losses: list[Tensor] = []  # of the batches of one update, () each
-        # Of these, (B, 2) int64: index, 1 where features are finite
-        self._images: list[Tensor] = []
+        # Of these, (B, 2) or (V*B, 2) int64: index, 1 where features are finite
+        self._samples: list[Tensor] = []
         self._seen: tuple[Tensor, int, float] | None = None  # (3,) bad, loss, norm; step; scale
         self._buffers = list(pl_module.buffers())
         self._old_buffers = [torch.empty_like(b) for b in self._buffers]
@@ -139,13 +139,17 @@ class FiniteGuard(Callback):
     ) -> None:
         """Reports the bad updates that are known by now."""
         index, h = outputs["index"], outputs["features"]  # (B,), (V*B, E)
-        finite = h.isfinite().all(1).view(-1, len(index)).all(0)  # (B,)
-        self._images.append(torch.stack([index, finite.long()], 1))
+        finite = h.isfinite().all(1)  # (V*B,)
+        if "ids" in outputs:  # views stand in for those of other samples
+            index = outputs["ids"].flatten()  # (V*B,)
+        else:
+            finite = finite.view(-1, len(index)).all(0)  # (B,)
+        self._samples.append(torch.stack([index, finite.long()], 1))
         if self._seen is None:
             return  # gradients are being accumulated
         values, step, scale = self._seen
-        self._reader.push(values, (step, scale, self._images))
-        self._seen, self._losses, self._images = None, [], []
+        self._reader.push(values, (step, scale, self._samples))
+        self._seen, self._losses, self._samples = None, [], []
         self._report(trainer, self._reader.read())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -155,15 +159,15 @@ class FiniteGuard(Callback):
 
     def _report(self, trainer: Trainer, reads: list[Read]) -> None:
         """Counts and reports; the same on all ranks, for they read the same."""
-        for (bad, loss, norm), (step, scale, images) in reads:
+        for (bad, loss, norm), (step, scale, samples) in reads:
             self._in_a_row = self._in_a_row + 1 if bad else 0
             if bad:
-                _write(trainer, torch.cat(images), [step, loss, norm, scale])
+                _write(trainer, torch.cat(samples), [step, loss, norm, scale])
             if self._in_a_row == self.max_in_a_row:
                 raise InputError(
                     f"loss and gradient must be finite; got {self._in_a_row} updates in a row that "
                     f"are not, up to step {step}, and made none of them. See bad_steps.tsv in the "
-                    "run's folder for the images; set `model.optimizer.lr` lower, or "
+                    "run's folder for the samples; set `model.optimizer.lr` lower, or "
                     "`finite.max_in_a_row` higher."
                 )
 
@@ -203,26 +207,28 @@ def _put_back(now: Iterable[Tensor], before: Iterable[Tensor], bad: Tensor) -> N
         torch.where(bad, old, new, out=new)
 
 
-def _write(trainer: Trainer, images: Tensor, numbers: list[float]) -> None:
-    """Appends a bad update's images to the file, from (n, 2) on each rank. Collective."""
-    found = gather_uneven_rows(images).tolist()  # N of index, 1 where features are finite
-    suspects = [i for i, finite in found if not finite] or [i for i, _ in found]
+def _write(trainer: Trainer, samples: Tensor, numbers: list[float]) -> None:
+    """Appends a bad update's samples to the file, from (n, 2) on each rank. Collective."""
+    found = gather_uneven_rows(samples).tolist()  # of index, 1 where features are finite
+    everything = dict.fromkeys(i for i, _ in found)  # N, in order
+    suspects = dict.fromkeys(i for i, finite in found if not finite) or everything
     folder = Path(trainer.log_dir or trainer.default_root_dir)  # collective
     if not trainer.is_global_zero:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    names = trainer.datamodule.images("train")  # type: ignore[attr-defined]
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    names, unit = data.samples("train"), data.source.unit
     # Names of files need not be valid text.
     file = folder / "bad_steps.tsv"
     with open(file, "a", newline="", encoding="utf-8", errors="surrogateescape") as out:
         table = csv.writer(out, delimiter="\t", lineterminator="\n")
         if not out.tell():
-            table.writerow(["step", "loss", "gradient_norm", "scale", "image"])
+            table.writerow(["step", "loss", "gradient_norm", "scale", "sample"])
         table.writerows([*numbers, names.name(i)] for i in suspects)
     step, loss, norm, scale = numbers
     _log.warning(
-        "step %d: loss %g, gradient norm %g, scale %g: no update. Its %d %s in %s",
+        "step %d: loss %g, gradient norm %g, scale %g: no update. Its %d %s are in %s",
         *(step, loss, norm, scale, len(suspects)),
-        "images are" if len(suspects) == len(found) else "images without finite features are",
+        unit + ("" if suspects is everything else " without finite features"),
         file,
     )

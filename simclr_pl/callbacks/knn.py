@@ -1,6 +1,6 @@
 """Weighted kNN on clean views.
 
-Symbols: n rows of a batch, M bank images of this rank, Q queries of this rank, E feature width.
+Symbols: n rows of a batch, M bank samples of this rank, Q queries of this rank, E feature width.
 """
 
 from typing import Any
@@ -15,11 +15,11 @@ from simclr_pl.neighbours import BANK_CHUNK, find_neighbours, hits, normalised_h
 
 
 class KNNMonitor(Callback):
-    """Classifies the query images by their neighbours in the bank, at every validation.
+    """Classifies the query by its neighbours in the bank, at every validation.
 
     Features are those of the clean view in evaluation mode, kept in half precision. Exact under DDP: each
-    rank keeps the bank images that it encoded; see `simclr_pl.neighbours.find_neighbours`. How often it
-    runs is the trainer's ``check_val_every_n_epoch``, or its ``val_check_interval`` with
+    rank keeps the part of the bank that it encoded; see `simclr_pl.neighbours.find_neighbours`. How often
+    it runs is the trainer's ``check_val_every_n_epoch``, or its ``val_check_interval`` with
     ``check_val_every_n_epoch`` null for steps. The size of the bank is ``data.bank_size``.
 
     Logs ``knn/top1`` and, where there are more than 5 classes, ``knn/top5`` of the first k, and
@@ -29,11 +29,11 @@ class KNNMonitor(Callback):
     Args:
         k: neighbours that vote, or several such numbers; the bank where it is smaller.
         temperature: of the votes, exp(cosine / temperature), > 0.
-        chunk: queries that are compared with 1,024 bank images at a time.
+        chunk: queries that are compared with 1,024 bank samples at a time.
 
     Raises:
-        InputError: k < 1, no k, temperature <= 0 or chunk < 1; at the start, if no image of the bank or
-            none of the query is labelled.
+        InputError: k < 1, no k, temperature <= 0 or chunk < 1; at the start, if nothing of the bank or
+            of the query is labelled.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class KNNMonitor(Callback):
         if stage == "predict":
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not data.num_classes or not (data.images("query").labels >= 0).any():
+        if not data.num_classes or not (data.samples("query").labels >= 0).any():
             raise InputError(
-                "the kNN monitor needs labelled images; got none. Set `knn` to null, or give the "
-                "images of both sets class folders."
+                f"the kNN monitor needs labelled {data.source.unit}; got none. Set `knn` to null, or "
+                "give both sets labels, images by class folders."
             )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -76,7 +76,7 @@ class KNNMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keeps the features of labelled images."""
+        """Keeps the features of labelled samples."""
         (self._bank, self._query)[dataloader_idx].add(outputs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,8 +99,9 @@ class KNNMonitor(Callback):
         self._said = True
         rows = int(all_reduce_sum(torch.tensor(len(bank), device=bank.device)))  # collective
         if trainer.is_global_zero:
+            unit = trainer.datamodule.source.unit  # type: ignore[attr-defined]
             print(
-                f"kNN bank of {rows:,} images x {bank.shape[1]:,} features: "
+                f"kNN bank of {rows:,} {unit} x {bank.shape[1]:,} features: "
                 f"{bank.nbytes / 2**20:.1f} MiB on each rank in half precision, "
                 f"{self.chunk * BANK_CHUNK * 4 / 2**20:.1f} MiB for similarities"
             )
@@ -111,7 +112,7 @@ class KNNMonitor(Callback):
 
 
 class _Shard:
-    """Features and labels of this rank's labelled images, batch by batch."""
+    """Features and labels of this rank's labelled samples, batch by batch."""
 
     def __init__(self) -> None:
         self._features: list[Tensor] = []

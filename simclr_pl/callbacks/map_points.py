@@ -1,4 +1,4 @@
-"""The images that pictures show: which ones, what lies nearest to each, and how they look small.
+"""The samples that pictures show: which ones, what lies nearest to each, and how they look small.
 
 Symbols: n points of a map, E feature width, k neighbours, C channels, H x W pixels.
 """
@@ -19,14 +19,14 @@ _SIDE = 40  # pixels, of a thumbnail at most
 
 
 def spread_over_classes(label: np.ndarray, count: int) -> np.ndarray:
-    """Positions of images that show as many classes as possible.
+    """Positions of samples that show as many classes as possible.
 
     Args:
         label: (n,) int64, -1 where there is none.
         count: positions wanted.
 
     Returns:
-        (<= count,) int64 positions, of labelled images if there are any, sorted by class.
+        (<= count,) int64 positions, of labelled ones if there are any, sorted by class.
     """
     order = permutation(len(label), SEED, Stream.SAMPLE)
     if (label >= 0).any():
@@ -63,7 +63,7 @@ def nearest_among(points: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return nearest, similarity
 
 
-def draw_thumbnails(images: Iterable[np.ndarray | None]) -> np.ndarray:
+def draw_thumbnails(images: Iterable[np.ndarray | None]) -> np.ndarray | None:
     """Small images row by row, in as many columns as make the sheet a square.
 
     Args:
@@ -71,10 +71,12 @@ def draw_thumbnails(images: Iterable[np.ndarray | None]) -> np.ndarray:
 
     Returns:
         The sheet of square cells, (H, W, 3) uint8, grey where there is nothing. Its cells are as
-        large as the largest image, 40 pixels at most.
+        large as the largest image, 40 pixels at most. None where no image can be shown.
     """
     small = [None if i is None else scaled(i, min(1.0, _SIDE / max(i.shape[:2]))) for i in images]
-    side = max((max(i.shape[:2]) for i in small if i is not None), default=1)
+    side = max((max(i.shape[:2]) for i in small if i is not None), default=0)
+    if not side:
+        return None
     columns = math.ceil(math.sqrt(len(small)))
     sheet = np.full((-(-len(small) // columns) * side, columns * side, 3), 128, np.uint8)
     for place, image in enumerate(small):
@@ -93,7 +95,7 @@ def query_table(
     similarity: np.ndarray,
     names: Sequence[str],
 ) -> dict[str, list[Any]]:
-    """The map's images as a table to sort and filter, for the trackers.
+    """The map's samples as a table to sort and filter, for the trackers.
 
     Args:
         xy: (n, 2) places on the map.

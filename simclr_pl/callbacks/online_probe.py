@@ -29,11 +29,11 @@ class OnlineLinearProbe(Callback):
     standardised by running statistics, and the answers come from a running average of the weights: see
     `simclr_pl.heads.LinearHeads`.
 
-    Where no training image is labelled, but a separate set is (as STL-10's), the heads are trained
+    Where no training sample is labelled, but a separate set is (as STL-10's), the heads are trained
     anew at each validation, on the clean views of the bank.
 
     Logs ``probe/loss`` and ``probe/train_top1`` on the training views of the step, of the head that hits
-    most of them; on the clean query images ``probe/top1``, ``probe/top5`` (more than five classes) and
+    most of them; on the clean query ``probe/top1``, ``probe/top5`` (more than five classes) and
     ``probe/best_lr``, of the head that hits most of these, and ``probe/lr_<lr>/top1`` of each rate where
     there are several. The best is chosen on the query itself, so it is a little optimistic then.
 
@@ -44,7 +44,7 @@ class OnlineLinearProbe(Callback):
         hidden_features: width of a hidden layer with ReLU; null for a linear head.
 
     Raises:
-        InputError: an option out of its range; at the start of training, if no image is labelled; a
+        InputError: an option out of its range; at the start of training, if nothing is labelled; a
             checkpoint's heads are others.
     """
 
@@ -61,7 +61,7 @@ class OnlineLinearProbe(Callback):
         self._check_options()
         self.heads: LinearHeads | None = None
         self._stashed: dict[str, Tensor] | None = None
-        self._from_bank = False  # where the training images have no labels
+        self._from_bank = False  # where the training samples have no labels
         self._metrics: list[MulticlassAccuracy] = []  # for each head: top-1, top-5 of > 5 classes
         self._bank: list[tuple[Tensor, Tensor]] = []
 
@@ -90,8 +90,8 @@ class OnlineLinearProbe(Callback):
         self._from_bank = stage != "predict" and not data.train_is_labelled
         if stage == "fit" and not data.num_classes:
             raise InputError(
-                "the online probe needs labelled images; got none. Set `probe` to null, or give the "
-                "images class folders."
+                f"the online probe needs labelled {data.source.unit}; got none. Set `probe` to null, or "
+                "give labels, images by class folders."
             )
 
     # The heads.
@@ -146,9 +146,9 @@ class OnlineLinearProbe(Callback):
         assert self.heads is not None
         if self._from_bank:
             return
-        features = outputs["features"]  # (N, E)
-        label = outputs["label"].repeat(len(features) // len(outputs["label"]))  # (N,)
-        stats = self.heads.update(features, label)  # (G, 3)
+        stats = self.heads.update(
+            outputs["features"], outputs["row_label"]
+        )  # (N, E), (N,) -> (G, 3)
         every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if not every or trainer.global_step % every:
             return  # a value that no logger takes costs as much as the update
@@ -158,7 +158,7 @@ class OnlineLinearProbe(Callback):
         pl_module.log("probe/loss", loss)
         pl_module.log("probe/train_top1", top1, prog_bar=True)
 
-    # The clean images.
+    # The clean views.
 
     def on_validation_batch_end(  # type: ignore[override]
         self,
@@ -169,7 +169,7 @@ class OnlineLinearProbe(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keeps the bank where it is what the heads learn from; counts hits on the query images."""
+        """Keeps the bank where it is what the heads learn from; counts hits on the query."""
         if self.heads is None:
             return
         labelled = outputs["label"] >= 0
@@ -196,7 +196,7 @@ class OnlineLinearProbe(Callback):
         train_heads(self.heads, features, label, deal, places, _BANK_PASSES, _BANK_BATCH, seed)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the accuracy on the query images of all ranks."""
+        """Logs the accuracy on the query of all ranks."""
         if self.heads is None:
             return
         values = torch.stack([metric.compute() for metric in self._metrics])

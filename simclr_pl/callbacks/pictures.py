@@ -1,10 +1,8 @@
 """Pictures of a run: views, nearest neighbours, and a map of the features.
 
-Symbols: B images on this rank, V views, C channels, S side of a view, E feature width, M images of a
-set, n points of the map, k neighbours, K classes.
+Symbols: B samples on this rank, V views, E feature width, n points of the map, k neighbours, K classes.
 """
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
+from simclr_pl.augmentation import Augmentation
 from simclr_pl.callbacks.drawing import Shown, draw_map, draw_neighbours, draw_views
 from simclr_pl.callbacks.map_points import (
     SEED,
@@ -35,23 +34,26 @@ from simclr_pl.neighbours import find_neighbours, normalised_half
 class Pictures(Callback):
     """Draws what the numbers do not say, into ``pictures/`` of the run's folder and to the trackers.
 
-    ``views.png``: the first images of the first batch with their views, as the encoder sees them.
-    ``neighbours_<step>.png``: sample query images and the bank images nearest to them.
-    ``map_<step>.png``: query images as points, near each other where their features are.
+    ``views.png``: the first samples of the first batch with their views, as the encoder sees them.
+    ``neighbours_<step>.png``: some of the query and what is nearest to them in the bank.
+    ``map_<step>.png``: the query as points, near each other where their features are.
     ``map.npz``: the numbers behind the latest map, ``xy`` (n, 2) float32, ``label`` and ``index`` (n,)
     int64, ``step``; ``neighbours`` (n, k) int64, the points nearest to each by their features, and
     their cosine ``similarity`` (n, k) float32; ``classes`` (K,) and ``axes`` (2,), names.
-    ``map_thumbnails.jpg``: its images, row by row in a square grid; each is read once in a run.
+    ``map_thumbnails.jpg``: its samples, row by row in a square grid; each is read once in a run.
+
+    What a sample and a view look like, the augmentation says (`Augmentation.picture_of`, `.pictures`);
+    where it does not, only the map is drawn.
 
     Neighbours and map are drawn at each validation, from the features of the clean view in evaluation
-    mode, scaled to length 1. The same images are shown in every run, at any number of ranks; a map's
-    axes point where the previous map's did. Unlabelled images are shown without classes, those whose
+    mode, scaled to length 1. The same samples are shown in every run, at any number of ranks; a map's
+    axes point where the previous map's did. Unlabelled ones are shown without classes, those whose
     features are not finite not at all.
 
     Args:
-        n_images: images in the pictures of views and of neighbours.
-        n_neighbours: neighbours of each query image.
-        max_points: query images on the map at most.
+        n_images: samples in the pictures of views and of neighbours.
+        n_neighbours: neighbours of each of the query.
+        max_points: of the query on the map at most.
         projection: from features to the map: "pca", the first two principal components, or "umap"
             (McInnes et al. 2018, arXiv:1802.03426), which takes seconds and the package umap-learn.
 
@@ -114,20 +116,28 @@ class Pictures(Callback):
         views: list[np.ndarray] = []
         for name, augment in kinds.items():
             if name in batch:
-                x = batch[name].unflatten(0, (-1, len(batch["index"])))[:, : self.n_images]
-                views += list(_as_pixels(x, augment.mean, augment.std))  # each (B, S, S, C)
-        images = data.images("train")
-        originals = [_read(images, i) for i in index.tolist()]
-        self._publish(trainer, "views", draw_views(originals, views), "views")
+                x = batch[name].unflatten(0, (-1, len(batch["index"])))[
+                    :, : self.n_images
+                ]  # (V, n, ...)
+                shown = augment.pictures(x.flatten(0, 1))
+                if shown is not None:
+                    views += list(
+                        shown.reshape(*x.shape[:2], *shown.shape[1:])
+                    )  # each (n, H, W, C)
+        if not views:
+            return
+        samples = data.samples("train")
+        originals = [_picture(data.augment, samples, i) for i in index.tolist()]
+        self._publish(trainer, "views", draw_views(originals, views, data.source.unit), "views")
 
     # Features of the validation.
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Chooses the query images of the map, the same ones on every rank."""
+        """Chooses those of the query that are on the map, the same ones on every rank."""
         self._bank, self._points, self._wanted = [], [], None
         if trainer.sanity_checking:
             return
-        count = len(trainer.datamodule.images("query"))  # type: ignore[attr-defined]
+        count = len(trainer.datamodule.samples("query"))  # type: ignore[attr-defined]
         wanted = np.zeros(count, bool)
         wanted[permutation(count, SEED, Stream.SAMPLE)[: self.max_points]] = True
         self._wanted = torch.from_numpy(wanted).to(pl_module.device)
@@ -141,7 +151,7 @@ class Pictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keeps the bank in half precision, and of the query images those of the map."""
+        """Keeps the bank in half precision, and of the query what is on the map."""
         if self._wanted is None:
             return
         features, index = outputs["features"], outputs["index"]
@@ -156,7 +166,7 @@ class Pictures(Callback):
         """Draws neighbours and map, on one rank."""
         if self._wanted is None or not self._bank or not self._points:
             return
-        images = trainer.datamodule.images("query")  # type: ignore[attr-defined]
+        images = trainer.datamodule.samples("query")  # type: ignore[attr-defined]
         bank, bank_index = (torch.cat(parts) for parts in zip(*self._bank, strict=True))
         points, index = (
             gather_uneven_rows(torch.cat(parts)) for parts in zip(*self._points, strict=True)
@@ -184,16 +194,16 @@ class Pictures(Callback):
         self, trainer: Trainer, queries: np.ndarray, similarity: np.ndarray, nearest: np.ndarray
     ) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        bank, query = data.images("bank"), data.images("query")
+        bank, query = data.samples("bank"), data.samples("query")
         names = _class_names(data)
         rows = []
         for i, q in enumerate(queries.tolist()):
-            image, own = _read(query, q), int(query.labels[q])
+            image, own = _picture(data.augment, query, q), int(query.labels[q])
             if image is None:
                 continue
             neighbours = []
             for s, j in zip(similarity[i].tolist(), nearest[i].tolist(), strict=True):
-                other = _read(bank, j) if np.isfinite(s) else None
+                other = _picture(data.augment, bank, j) if np.isfinite(s) else None
                 if other is None:
                     continue
                 theirs = int(bank.labels[j])
@@ -217,8 +227,9 @@ class Pictures(Callback):
             before = (self._previous[name].cpu().numpy() for name in ("xy", "index"))
             xy = mirrored_as(xy, index.numpy(), *before)
         self._previous = {"xy": torch.from_numpy(xy), "index": index}
-        names = _class_names(trainer.datamodule)  # type: ignore[attr-defined]
-        self._publish(trainer, f"map_{step}", draw_map(xy, label, names, axes, step), "map")
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        names, unit = _class_names(data), data.source.unit
+        self._publish(trainer, f"map_{step}", draw_map(xy, label, names, axes, step, unit), "map")
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             nearest, similarity = nearest_among(points, self.n_neighbours)
             numbers: dict[str, Any] = {
@@ -237,9 +248,11 @@ class Pictures(Callback):
         if self._pictured is not None and torch.equal(self._pictured, index):
             return  # decoding them takes longer than all of the map
         self._pictured = index
-        images = trainer.datamodule.images("query")  # type: ignore[attr-defined]
-        sheet = draw_thumbnails(_read(images, i) for i in index.tolist())
-        Image.fromarray(sheet).save(self._folder / "map_thumbnails.jpg", quality=85)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        query = data.samples("query")
+        sheet = draw_thumbnails(_picture(data.augment, query, i) for i in index.tolist())
+        if sheet is not None:
+            Image.fromarray(sheet).save(self._folder / "map_thumbnails.jpg", quality=85)
 
     def _publish(self, trainer: Trainer, name: str, picture: np.ndarray, tag: str) -> None:
         """Writes a picture (H, W, 3) and hands it to the trackers."""
@@ -264,25 +277,16 @@ def _row(trainer: Trainer) -> int:
     return max(trainer.global_step - 1, 0)
 
 
-def _as_pixels(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Normalised views (V, n, C, S, S) as (V, n, S, S, C) uint8."""
-    scale, shift = (
-        torch.tensor(v[: x.shape[2]]) for v in (std, mean)
-    )  # one may serve all channels
-    x = x.float().cpu().movedim(2, -1) * scale + shift
-    return x.mul(255).round().clamp(0, 255).byte().numpy()
-
-
-def _read(images: Any, i: int) -> np.ndarray | None:
-    """The image at position ``i``, (H, W, C) uint8; None if it cannot be read."""
+def _picture(augment: Augmentation, samples: Any, i: int) -> np.ndarray | None:
+    """The sample at position ``i`` as (H, W, C) uint8; None if it cannot be read, or not be seen."""
     try:
-        return images.open(i).pixels()  # type: ignore[no-any-return]
-    except InputError:  # `UnreadableImage`; the data module reports it
+        return augment.picture_of(samples.open(i))
+    except InputError:  # `UnreadableSample`; the data module reports it
         return None
 
 
 def _class_names(data: Any) -> list[str]:
     """(K,) names by label; the label itself where there is no name."""
     names = list(data.source.classes)
-    highest = max(int(data.images(name).labels.max()) for name in ("bank", "query"))
+    highest = max(int(data.samples(name).labels.max()) for name in ("bank", "query"))
     return names + [str(k) for k in range(len(names), highest + 1)]

@@ -21,18 +21,18 @@ class RunSummary(Callback):
     """Says what is about to run, and at the end what came of it.
 
     Three encoders are scored by one rule, kNN and logistic regression on frozen features of clean views:
-    the trained one, the one at initialisation, and none at all (raw pixels). The scores, the speed,
-    what the time went to (as in `ThroughputMonitor`), the peak memory and the run's size go to the
-    terminal and to ``summary.json`` in the run's folder. Without labelled images there are no scores.
+    the trained one, the one at initialisation, and none at all (of images: raw pixels). The scores, the
+    speed, what the time went to (as in `ThroughputMonitor`), the peak memory and the run's size go to the
+    terminal and to ``summary.json`` in the run's folder. Without labels there are no scores.
 
     Args:
-        baselines: score the encoder at initialisation and raw pixels before training.
+        baselines: score the encoder at initialisation and none at all before training.
     """
 
     def __init__(self, baselines: bool = True) -> None:
         self.baselines = baselines
         self.scores: dict[str, float] = {}
-        self._images = 0
+        self._samples = 0
         self._clock: StepClock | None = None
         self._before = NOTHING  # the time of the run that this one resumes
         self._peak_mib = 0.0
@@ -47,11 +47,11 @@ class RunSummary(Callback):
     # Start of the run.
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Scores the encoder at initialisation and raw pixels."""
+        """Scores the encoder at initialisation and none at all."""
         if self.baselines and trainer.ckpt_path is None and _num_classes(trainer):
-            self._say(trainer, "Scoring the encoder at initialisation and raw pixels ...")
-            sets = encode_clean_views(trainer, pl_module, pixels=True)
-            for i, suffix in enumerate(("_init", "_pixels")):
+            self._say(trainer, f"Scoring the encoder at initialisation and {_raw(trainer)} ...")
+            sets = encode_clean_views(trainer, pl_module, raw=True)
+            for i, suffix in enumerate(("_init", "_raw")):
                 bank, query = sets["bank"][i], sets["query"][i]
                 assert bank is not None
                 assert query is not None
@@ -78,8 +78,8 @@ class RunSummary(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Counts the images of all ranks."""
-        self._images += len(outputs["index"]) * trainer.world_size
+        """Counts the samples of all ranks."""
+        self._samples += len(outputs["index"]) * trainer.world_size
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the largest of the ranks' peak memory, before the scores need some."""
@@ -102,9 +102,9 @@ class RunSummary(Callback):
                 values = {f"summary/{key}": value for key, value in self.scores.items()}
                 logger.log_metrics(values, trainer.global_step)
         self._ending = [
-            *([_table(self.scores)] if self.scores else []),
+            *([_table(self.scores, _unit(trainer), _raw(trainer))] if self.scores else []),
             f"{summary['steps']:,} steps in {summary['seconds']:.1f} s, "
-            f"{summary['images_per_second']:,.0f} images per second; files in {folder}",
+            f"{summary['samples_per_second']:,.0f} {_unit(trainer)} per second; files in {folder}",
             "time: "
             + ", ".join(f"{100 * share:.0f} % {name}" for name, share in summary["time"].items())
             + f"; peak memory {summary['peak_memory_mib']:,.0f} MiB",
@@ -129,7 +129,9 @@ class RunSummary(Callback):
         return {
             **{key: round(value, 6) for key, value in sorted(self.scores.items())},
             **({"probe_top1": round(float(probe), 6)} if probe is not None else {}),
-            "images_per_second": round(self._images / max(time.training, 1e-9), 2),
+            "unit": _unit(trainer),
+            **({"raw_name": _raw(trainer)} if "knn_top1_raw" in self.scores else {}),
+            "samples_per_second": round(self._samples / max(time.training, 1e-9), 2),
             "steps": trainer.global_step,
             "seconds": round(time.training, 3),
             "time": {name: round(share, 4) for name, share in time.shares().items()},
@@ -144,7 +146,7 @@ class RunSummary(Callback):
         time = self._time()
         return {
             "scores": self.scores,
-            "images": self._images,
+            "samples": self._samples,
             "time": time.seconds,
             "batches": time.batches,
             "peak_mib": self._peak_mib,
@@ -153,7 +155,7 @@ class RunSummary(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes them up again."""
         self.scores = dict(state_dict["scores"])
-        self._images, self._peak_mib = state_dict["images"], state_dict["peak_mib"]
+        self._samples, self._peak_mib = state_dict["samples"], state_dict["peak_mib"]
         self._before = Reading(dict(state_dict["time"]), state_dict["batches"])
 
 
@@ -161,12 +163,22 @@ def _num_classes(trainer: Trainer) -> int:
     return int(trainer.datamodule.num_classes)  # type: ignore[attr-defined]
 
 
-def _table(scores: dict[str, float]) -> Table:
-    table = Table(title="Accuracy on the query images, %")
-    for heading in ("", "trained", "at initialisation", "raw pixels"):
+def _unit(trainer: Trainer) -> str:
+    """What is learned from, in the plural."""
+    return str(trainer.datamodule.source.unit)  # type: ignore[attr-defined]
+
+
+def _raw(trainer: Trainer) -> str:
+    """What the baseline without an encoder is called."""
+    return str(trainer.datamodule.augment.raw_name)  # type: ignore[attr-defined]
+
+
+def _table(scores: dict[str, float], unit: str, raw_name: str) -> Table:
+    table = Table(title=f"Accuracy on the query {unit}, %")
+    for heading in ("", "trained", "at initialisation", raw_name):
         table.add_column(heading, justify="right")
     for name, key in (("kNN", "knn_top1"), ("linear", "linear_top1")):
-        cells = [scores.get(key + suffix) for suffix in ("", "_init", "_pixels")]
+        cells = [scores.get(key + suffix) for suffix in ("", "_init", "_raw")]
         table.add_row(name, *("-" if c is None else f"{100 * c:.1f}" for c in cells))
     return table
 

@@ -1,6 +1,6 @@
-"""How fast training is, where its time goes, and which images could not be read.
+"""How fast training is, where its time goes, and which samples could not be read.
 
-Symbols: B images of this rank, V views, n rows of one size of views (V*B).
+Symbols: B samples of this rank, V views, n rows of one size of views (V*B).
 """
 
 import logging
@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from simclr_pl.augment import Augment
 from simclr_pl.callbacks.step_clock import NOTHING, Reading, StepClock, peak_memory_mib
 from simclr_pl.distributed import is_distributed, world_size
 from simclr_pl.errors import InputError
@@ -26,14 +27,14 @@ _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}
 
 
 class ThroughputMonitor(Callback):
-    """Speed, the split of the time, memory, and the images that could not be read.
+    """Speed, the split of the time, memory, and the samples that could not be read.
 
     Logs at the trainer's logging steps that are ``every_n_steps`` or more apart, of the time since it
     last did: ``throughput/data``
     (waiting for batches and their transfer), ``/augment`` (the stage on the device), ``/compute``
     (forward, backward, optimiser), ``/monitors`` (callbacks and evaluation) and ``/other``
     (checkpoints, the progress bar, the loop itself), in [0, 1], which add to 1;
-    ``throughput/images_per_second`` of all ranks and ``throughput/step_ms``, both without evaluation;
+    ``throughput/samples_per_second`` of all ranks and ``throughput/step_ms``, both without evaluation;
     ``throughput/peak_memory_mib`` so far, on a GPU what was allocated there, else the resident memory of
     the process; ``throughput/gflops``, 10^9 operations per second of the encoder and the projector on
     this rank, the backward pass counted as two forwards; on a known GPU also
@@ -43,7 +44,7 @@ class ThroughputMonitor(Callback):
     more than ``warn_above`` of 50 batches' time went to waiting for the loader, one warning says what to
     do; an epoch's first batch, which may start workers, and evaluation are left out there.
 
-    Logs ``data/unreadable`` after each epoch, the number of images that could not be read so far on all
+    Logs ``data/unreadable`` after each epoch, the number of samples that could not be read so far on all
     ranks, and lists them in ``unreadable.tsv`` in the run's folder.
 
     Args:
@@ -112,11 +113,11 @@ class ThroughputMonitor(Callback):
             now = self._clock.read()
             window, self._logged = now.since(self._logged), now
             if window.batches:
-                images = len(outputs["index"]) * world_size()
-                self._log(trainer, pl_module, window, images)
+                samples = len(outputs["index"]) * world_size()
+                self._log(trainer, pl_module, window, samples)
 
     def _log(
-        self, trainer: Trainer, pl_module: LightningModule, window: Reading, images: int
+        self, trainer: Trainer, pl_module: LightningModule, window: Reading, samples: int
     ) -> None:
         rate = window.batches / window.training  # batches per second
         values = {**window.shares(), "step_ms": 1000 / rate}
@@ -126,7 +127,7 @@ class ThroughputMonitor(Callback):
             if self._peak_flops:
                 values["flop_utilisation"] = self._flops * rate / self._peak_flops
         values = {f"throughput/{name}": value for name, value in values.items()}
-        speed = {"throughput/images_per_second": images * rate}
+        speed = {"throughput/samples_per_second": samples * rate}
         # Lightning would log the values again at every logging step until the epoch ends.
         pl_module.log_dict(values, logger=False)
         pl_module.log_dict(speed, logger=False, prog_bar=True)
@@ -177,7 +178,7 @@ def batch_flops(trainer: Trainer, pl_module: LightningModule, batch: dict[str, T
     Args:
         trainer: whose precision is used.
         pl_module: a `SimCLR`.
-        batch: ``views`` (n, C, S, S), and where there are, ``small_views``.
+        batch: ``views`` (n, ...), and where there are, ``small_views``.
     """
     device = pl_module.device
     modes = [(module, module.training) for module in pl_module.modules()]
@@ -209,9 +210,13 @@ def _peak_flops(trainer: Trainer) -> float | None:
 
 def _advice(trainer: Trainer, share: float, batches: int) -> str:
     workers = getattr(trainer.train_dataloader, "num_workers", 0)
-    return (
-        f"training waited for data in {share:.0%} of the last {batches} batches' time. What helps: "
-        "images decoded at a smaller size (`simclr data pack SRC OUT`, then `--data.source Shards "
-        f"--data.source.root OUT`); more workers (`data.num_workers`, now {workers}; at most the "
-        "cores of this machine); a set that fits in memory there (`data.resident`)."
-    )
+    cures = [
+        f"more workers (`data.num_workers`, now {workers}; at most the cores of this machine)",
+    ]
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(getattr(data, "augment", None), Augment):
+        packed = "`simclr data pack SRC OUT`, then `--data.source Shards --data.source.root OUT`"
+        cures.insert(0, f"images decoded at a smaller size ({packed})")
+        cures.append("a set that fits in memory there (`data.resident`)")
+    waited = f"training waited for data in {share:.0%} of the last {batches} batches' time"
+    return f"{waited}. What helps: {'; '.join(cures)}."

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from simclr_pl.augment import Augment
+from simclr_pl.augmentation import Augmentation
 from simclr_pl.commands.encoders import Subject, load_subject, trainer_for
 from simclr_pl.commands.recipes import read_checkpoint, recipe_of
 from simclr_pl.commands.results import percent, table_of
@@ -37,7 +38,7 @@ class Origin:
         fraction: share of the labels.
         files: list of the labelled images.
         seed: which labels a fraction keeps.
-        views: arguments of `Augment` by which it sees images.
+        views: arguments of `Augment` by which it sees images; empty for other samples.
     """
 
     dataset: str | None = None
@@ -54,8 +55,10 @@ class Origin:
         )
 
 
-def views_of(augment: Augment) -> dict[str, Any]:
-    """The arguments of an augmentation that has crops and flips alone, as plain values."""
+def views_of(augment: Augmentation) -> dict[str, Any]:
+    """The arguments of an augmentation of crops and flips, as plain values; none of other samples."""
+    if not isinstance(augment, Augment):
+        return {}
     return {name: getattr(augment, name) for name in _VIEWS}
 
 
@@ -151,16 +154,16 @@ def student_of(subject: Subject, num_classes: int) -> Classifier:
 def train(
     module: Classification, data: ContrastiveDataModule, epochs: int, devices: dict[str, Any]
 ) -> Accuracy:
-    """Trains a classifier and measures it on the query images after the last epoch.
+    """Trains a classifier and measures it on the query after the last epoch.
 
     Args:
         module: its classifier is trained in place.
-        data: one view of each image.
+        data: one view of each sample.
         epochs: >= 1.
         devices: options of `trainer_for`.
 
     Raises:
-        InputError: ``epochs`` < 1; no query image is labelled.
+        InputError: ``epochs`` < 1; no query sample is labelled.
     """
     if epochs < 1:
         raise InputError(f"`epochs` must be >= 1; got {epochs}. Set `--epochs`.")
@@ -172,10 +175,10 @@ def train(
 def measure(
     module: Classification, data: ContrastiveDataModule, devices: dict[str, Any]
 ) -> Accuracy:
-    """The accuracy of a classifier on the query images, over all devices.
+    """The accuracy of a classifier on the query, over all devices.
 
     Raises:
-        InputError: no query image is labelled.
+        InputError: no query sample is labelled.
     """
     _trainer(data, devices).predict(module, datamodule=data, return_predictions=False)
     return module.accuracy
@@ -183,7 +186,7 @@ def measure(
 
 def _trainer(data: ContrastiveDataModule, options: dict[str, Any]) -> Trainer:
     trainer = trainer_for(**options)
-    # The least that the data module accepts: `Classification.setup` knows how many images there are.
+    # The least that the data module accepts: `Classification.setup` knows how many samples there are.
     data.global_batch_size = trainer.world_size
     return trainer
 
@@ -207,5 +210,5 @@ def scores_values(suffix: str, accuracy: Accuracy) -> dict[str, Any]:
 
 
 def interval(share: float, total: int) -> tuple[float, float]:
-    """The 95 % interval of a share of ``total`` images."""
+    """The 95 % interval of a share of ``total`` samples."""
     return wilson_interval(round(share * total), total)

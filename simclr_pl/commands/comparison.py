@@ -27,7 +27,7 @@ class Compared(NamedTuple):
 
 
 TRAINED = ("trained", "")
-PIXELS = ("raw pixels", "_pixels")
+RAW = "_raw"  # the suffix; `Augmentation.raw_name` is the name
 INIT = ("at initialisation", "_init")
 
 
@@ -42,10 +42,10 @@ def compared(
 
     Args:
         subject: the encoder.
-        data: of the images.
+        data: of the samples.
         trainer: one of its callbacks is ``views``.
-        views: collects raw pixels where ``baselines``.
-        baselines: also of raw pixels, and of the encoder at initialisation.
+        views: collects the augmentation's raw features where ``baselines``.
+        baselines: also of no encoder, and of the encoder at initialisation.
 
     Yields:
         One at a time, so that the features of one are let go before the next are made.
@@ -57,8 +57,8 @@ def compared(
         return
     assert raw_bank is not None
     assert raw_query is not None
-    yield Compared(*PIXELS, raw_bank, raw_query)
-    views.pixels = False
+    yield Compared(data.augment.raw_name, RAW, raw_bank, raw_query)
+    views.raw = False
     del bank, query, raw_bank, raw_query
     trainer.validate(frozen(subject.fresh()), data, verbose=False)
     bank, query = (views.collected.take(name)[0] for name in ("bank", "query"))

@@ -12,7 +12,7 @@ from simclr_pl.commands.classifiers import (
     student_of,
     train,
 )
-from simclr_pl.commands.encoders import data_for, load_subject, source_for
+from simclr_pl.commands.encoders import clean_views, data_for, load_subject, source_for
 from simclr_pl.commands.results import publish, result_file
 from simclr_pl.data import Source
 from simclr_pl.data.labels import LabelledSubset
@@ -37,11 +37,12 @@ def distill(
     precision: str | None = None,
     track: Sequence[Tracker] = (),
 ) -> None:
-    """Train a student, from a random start, on a fine-tuned teacher's answers to all training images.
+    """Train a student, from a random start, on a fine-tuned teacher's answers to all training samples.
 
-    Labels are not needed: an image without one teaches as much as one with. The recipe is SimCLRv2's
-    (section 3): crops and flips, LARS, a warm-up and a cosine. The student is saved beside the result,
-    NAME.distill.ckpt, as `simclr finetune` saves the teacher. For example:
+    Labels are not needed: a sample without one teaches as much as one with. The recipe is SimCLRv2's
+    (section 3): crops and flips (of other samples than images, views as in training), LARS, a warm-up
+    and a cosine. The student is saved beside the result, NAME.distill.ckpt, as `simclr finetune` saves
+    the teacher. For example:
 
         simclr distill runs/simclr/version_0/checkpoints/last.finetune.ckpt --student resnet18
 
@@ -49,15 +50,15 @@ def distill(
         teacher: A checkpoint that `simclr finetune` or `simclr distill` wrote.
         student: The student's architecture: same for the teacher's, without its projector; a model of
             timm or torchvision; or a checkpoint or a run's folder.
-        dataset: A folder of images, a packed folder, a YAML config or its name, or the name of a source;
-            by default that of the teacher.
+        dataset: A folder, a packed folder, a file of texts, a YAML config or its name, or the name of a
+            source; by default that of the teacher.
         temperature: That divides the logits of both. The paper has 0.1 for a student that is the same,
             else 1, and says that it matters little; short trainings want 1.
         labelled_weight: Weight of the cross-entropy with the labels that the teacher was fine-tuned on,
             from 0 for none to 1 for nothing else.
-        epochs: Over all training images; the paper has 400.
+        epochs: Over all training samples; the paper has 400.
         lr: Learning rate, times the square root of the batch.
-        batch_size: Images of a step over all devices at most.
+        batch_size: Samples of a step over all devices at most.
         seed: Of the order and the views.
         out: The JSON file; by default <teacher>.distill.json beside the teacher.
         num_workers: Loader processes of each device; by default one for each core.
@@ -68,17 +69,17 @@ def distill(
     """
     subject, classifier, origin = load_classifier(teacher)
     file = result_file("distill", subject, out)
-    images: Source = source_for(subject, dataset or origin.dataset)
+    source: Source = source_for(subject, dataset or origin.dataset)
     if labelled_weight:  # the other labels stay hidden, as they were from the teacher
-        images = LabelledSubset(images, origin.fraction, origin.files, origin.seed, keep_rest=True)
+        source = LabelledSubset(source, origin.fraction, origin.files, origin.seed, keep_rest=True)
     same = student == "same"
-    model = subject if same else load_subject(student, in_channels=images.channels)
+    model = subject if same else load_subject(student, in_channels=source.channels)
     pupil = student_of(model, classifier.head.out_features)
     module = Distill(pupil, classifier, temperature, labelled_weight, lr, batch_size, seed)
     data = data_for(
         subject,
-        source=images,
-        augment=origin.augment(),
+        source=source,
+        augment=origin.augment() if origin.views else clean_views(subject, source),
         seed=seed,
         num_workers=num_workers,
         n_views=1,
@@ -88,17 +89,17 @@ def distill(
     scores["teacher"] = measure(Classification(classifier), data, options)
     saved = file.with_suffix(".ckpt")
     save_classifier(saved, model, pupil, origin)
-    count, total = len(data.images("train")), scores["student"].total
+    count, total = len(data.samples("train")), scores["student"].total
     chance = 1 / classifier.head.out_features
     title = (
-        f"{student} from {teacher}, {count:,} images, {epochs} epochs, {total:,} query images; "
-        f"chance is {100 * chance:.1f} %"
+        f"{student} from {teacher}, {count:,} {source.unit}, {epochs} epochs, {total:,} query "
+        f"{source.unit}; chance is {100 * chance:.1f} %"
     )
     values = {
         **scores_values("", scores["student"]),
         **scores_values("_teacher", scores["teacher"]),
         "top1_chance": chance,
-        "images": count,
+        "samples": count,
         "query": total,
         "epochs": epochs,
         "classifier": str(saved),

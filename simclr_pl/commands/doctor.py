@@ -14,7 +14,7 @@ from simclr_pl.data.resident import free_memory
 from simclr_pl.data.workers import cores
 from simclr_pl.doctor import machine, plan, sample, step
 from simclr_pl.doctor.children import in_children
-from simclr_pl.doctor.configured import Configured, UnknownOptionError, build, rows_of
+from simclr_pl.doctor.configured import Configured, Kind, UnknownOptionError, build, kinds_of
 from simclr_pl.doctor.lines import Level, Line, duration
 from simclr_pl.doctor.ranks import check_ranks
 from simclr_pl.environment import environment
@@ -24,7 +24,7 @@ _HELP = """Check this machine, and what a configuration needs of it, before hour
 
 With --config, and --KEY VALUE as for `simclr fit`: do the ranks reach each other, is the data readable,
 does one batch fit into memory, can the disk hold the checkpoints, which learning rate results, how long
-will it take. Steps are measured in a process of its own, on made-up images. Nothing is downloaded and
+will it take. Steps are measured in a process of its own, on made-up views. Nothing is downloaded and
 nothing is left behind."""
 
 _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=256,
         metavar="N",
-        help="images of the sample that is read (default: 256)",
+        help="images, or other samples, that are read (default: 256)",
     )
     return parser
 
@@ -162,7 +162,8 @@ class _Doctor:
             limit = max(10.0, self.seconds / 3)
             self._say(check_ranks(trainer.num_devices, trainer.num_nodes, device.type, limit))
         found = self._data(data)
-        about, forecast = self._step(cli, found.get("channels", data.source.channels))
+        kinds = kinds_of(cli, found.get("channels", data.source.channels)) or found.get("kinds")
+        about, forecast = self._step(cli, kinds) if kinds else ({}, None)
         if about and "images" in found:
             self._forecast(cli, found, about, forecast)
 
@@ -181,24 +182,26 @@ class _Doctor:
             self._say(Line(level, "data", outcome.ending, remedy))
         return found
 
-    def _step(self, cli: Configured, channels: int) -> tuple[dict[str, Any], step.Forecast | None]:
+    def _step(
+        self, cli: Configured, kinds: list[Kind]
+    ) -> tuple[dict[str, Any], step.Forecast | None]:
         """What is known of the model, and the forecast of a step."""
         trainer, data = cli.trainer, cli.datamodule
         device = trainer.strategy.root_device
-        images = data.global_batch_size // trainer.world_size
+        samples = data.global_batch_size // trainer.world_size
         memory = free_memory() // trainer.num_devices
         if device.type == "cuda":
             memory = torch.cuda.get_device_properties(device).total_memory
         threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cores() // trainer.num_devices)))
         limit = self.seconds / 2
-        given = (self.args, channels, images, memory, limit, threads)
+        given = (self.args, kinds, samples, memory, limit, threads)
         with self._measuring("Measuring steps at growing batches"):
             (outcome,) = in_children(1, step.measure, *given, seconds=2 * limit + _IMPORTING)
         about, *tried = outcome.messages or [{}]
         line, forecast = step.fit_line(
             [step.Measured(*part) for part in tried if isinstance(part, tuple)],
             outcome.ending or next((part for part in tried if isinstance(part, str)), ""),
-            step.Asked(images, rows_of(cli), channels, cli.model.encode_chunk, memory),
+            step.Asked(samples, kinds, cli.model.encode_chunk, memory, data.source.unit),
         )
         self._say(line)
         return about, forecast
@@ -214,7 +217,9 @@ class _Doctor:
         length = plan.length_of(trainer, model, found["images"]["train"], data.global_batch_size)
         update = data.global_batch_size * trainer.accumulate_grad_batches
         self._say(plan.rate_line(length, model, update, about))
-        self._say(plan.steps_line(length, data.global_batch_size, trainer.world_size))
+        self._say(
+            plan.steps_line(length, data.global_batch_size, trainer.world_size, data.source.unit)
+        )
         if forecast is not None and "loading" in found:
             self._speed(cli, found, forecast, length)
         root = Path(trainer.default_root_dir)
@@ -226,21 +231,25 @@ class _Doctor:
         """Loader, shared memory and time."""
         trainer, data = cli.trainer, cli.datamodule
         on_cpu = trainer.strategy.root_device.type == "cpu"
-        images = data.global_batch_size // trainer.world_size
+        batch = data.global_batch_size // trainer.world_size
         workers = data.num_workers
         if workers is None:
             workers = 0 if found["kept"] and on_cpu else max(1, cores() // trainer.num_devices)
-        staging = images * found["staging"] if on_cpu else 0.0
-        speed = plan.Speed(forecast.seconds, images * found["loading"], staging, workers, on_cpu)
-        self._say(plan.loader_line(speed, images))
+        staging = batch * found["staging"] if on_cpu else 0.0
+        speed = plan.Speed(forecast.seconds, batch * found["loading"], staging, workers, on_cpu)
+        self._say(plan.loader_line(speed, batch, data.source.unit))
         if workers:
-            views = sum(n * side * side for n, side in rows_of(cli))
-            clean = 2 * data.eval_batch_size * data.augment.size**2
-            each = _IN_FLIGHT * workers * trainer.num_devices * found["channels"]
-            self._say(machine.shared_memory(each * (images * views + clean), workers))
+            kinds = kinds_of(
+                cli, found["channels"]
+            )  # of images a byte, of others what was measured
+            views = sum(kind.bytes // 4 for kind in kinds) or found["table"]
+            one = kinds[0].bytes / 4 / kinds[0].number if kinds else views / data.n_views
+            clean = 2 * data.eval_batch_size * one
+            each = _IN_FLIGHT * workers * trainer.num_devices
+            self._say(machine.shared_memory(each * int(batch * views + clean), workers))
         evaluated = found["bank"] + found["images"]["query"]
         count = plan.evaluations(trainer, data, length, evaluated)
-        view = (speed.total / images) / data.n_views  # forward and backward: three times a forward
+        view = (speed.total / batch) / data.n_views  # forward and backward: three times a forward
         if length.steps is not None:
             each_time = evaluated / trainer.world_size * view / 3
             steps = length.steps * trainer.accumulate_grad_batches

@@ -32,11 +32,10 @@ def embed(
     accelerator: str = "auto",
     precision: str | None = None,
 ) -> None:
-    """Write the features of every image of a set, with label, index and path, to Parquet or npz.
+    """Write the features of every sample of a set, with label, index and path, to Parquet or npz.
 
-    Each image is seen once, uncropped and without augmentation, as the run evaluated it. Memory stays
-    constant however large the set is, and with several devices there still is one file, in the images'
-    order.
+    Each sample is seen once, without augmentation, as the run evaluated it. Memory stays constant however
+    large the set is, and with several devices there still is one file, in the samples' order.
 
     For example:
 
@@ -44,17 +43,17 @@ def embed(
 
     Args:
         subject: A checkpoint of `simclr fit`, a run's folder, or a model of timm or torchvision.
-        dataset: A folder of images, a packed folder, a YAML config or its name, or the name of a source;
-            by default the run's own.
-        split: Which images: query, those to evaluate on; bank, the labelled training images; train, all
-            training images.
+        dataset: A folder, a packed folder, a file of texts, a YAML config or its name, or the name of a
+            source; by default the run's own.
+        split: Which samples: query, those to evaluate on; bank, the labelled training samples; train, all
+            training samples.
         out: The file, ending in .parquet or .npz; by default <checkpoint>.<split>.parquet beside the
             checkpoint, or in the working folder.
-        neighbours: Write a second file, NAME.neighbours.SUFFIX, with so many nearest images of each image
+        neighbours: Write a second file, NAME.neighbours.SUFFIX, with so many nearest samples of each one
             and their cosines, exact; the features are then kept in memory, shared out among the devices.
         size: Side of an image as the encoder sees it, in pixels; by default the run's, or the source's.
         pretrained: Load the published weights of a model by name.
-        batch_size: Images encoded at a time on each device.
+        batch_size: Samples encoded at a time on each device.
         num_workers: Loader processes of each device; by default one for each core.
         devices: How many, or auto for all.
         accelerator: cpu, gpu or auto.
@@ -88,7 +87,7 @@ class OneSplit(Source):
 
     def __init__(self, source: Source, split: Split) -> None:
         self.source, self.split = source, split
-        self.channels = source.channels
+        self.channels, self.unit = source.channels, source.unit
 
     def prepare(self) -> None:
         """Downloads what is missing."""
@@ -99,3 +98,4 @@ class OneSplit(Source):
         self.source.open()
         self.train = self.bank = self.query = getattr(self.source, self.split)
         self.classes = self.source.classes
+        self.left_out, self.converted = self.source.left_out, self.source.converted

@@ -1,12 +1,13 @@
 """What a command is given: an encoder, the data that it is to see, and a trainer to run it.
 
-Symbols: B images of a batch on one rank, C channels, E feature width, S side of a view.
+Symbols: B samples of a batch on one rank, C channels, E feature width, S side of a view.
 """
 
 import copy
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from torch import nn
+from torch import Tensor, nn
 
 from simclr_pl.augment import Augment
+from simclr_pl.augmentation import Augmentation
 from simclr_pl.commands.encoder_file import read_encoder
 from simclr_pl.commands.recipes import build_model, read_checkpoint, recipe_of, run_of
-from simclr_pl.data import ContrastiveDataModule, Source
+from simclr_pl.data import ContrastiveDataModule, PackageDocs, Source
 from simclr_pl.data.commands import source_of
 from simclr_pl.errors import InputError
 from simclr_pl.models import Encoder
@@ -36,7 +38,7 @@ class Subject:
 
     Attributes:
         name: what the user called it.
-        encoder: maps images (n, C, S, S) to features (n, E), with an integer ``num_features``, E.
+        encoder: maps views (n, ...) to features (n, E), with an integer ``num_features``, E.
         build: makes the same architecture anew, randomly initialised: the encoder and, if the
             checkpoint has one, the projector.
         projector: maps features (n, E) to projections; None for an encoder by name or in a file.
@@ -203,20 +205,20 @@ def data_for(
     bank_size: int | None = None,
     size: int | None = None,
     source: Source | None = None,
-    augment: Augment | None = None,
+    augment: Augmentation | None = None,
     **options: Any,
 ) -> ContrastiveDataModule:
     """The data that an encoder is to see: clean views as those of its run.
 
     Args:
         subject: the encoder.
-        dataset: a folder of images, a packed folder, a YAML config or the name of a source; by default
-            that of the encoder's run.
-        seed: of the order, the views, and the choice of ``bank_size`` images.
-        batch_size: B, images of an evaluation batch on each rank.
+        dataset: a folder, a packed folder, a file of texts, a YAML config or the name of a source; by
+            default that of the encoder's run.
+        seed: of the order, the views, and the choice of ``bank_size`` samples.
+        batch_size: B, samples of an evaluation batch on each rank.
         num_workers: loader processes of each rank; see `ContrastiveDataModule`.
-        bank_size: labelled training images to take; by default all.
-        size: S, side of a view in pixels; by default that of the run, or of the source's default.
+        bank_size: labelled training samples to take; by default all.
+        size: S, side of a view of images in pixels; by default that of the run, or the source's.
         source: the source itself, in place of ``dataset``.
         augment: of training views, in place of the run's; its clean views must be `clean_views`'s.
         options: of `ContrastiveDataModule`.
@@ -225,7 +227,8 @@ def data_for(
         InputError: there is no data set, or its channels do not fit the encoder.
     """
     source = source or source_for(subject, dataset)
-    channels = image_channels(subject.encoder)
+    augment = augment or clean_views(subject, source, size)
+    channels = image_channels(subject.encoder) if isinstance(augment, Augment) else None
     if channels is not None and channels != source.channels:
         remedy = "`grey: true`" if channels == 1 else "`grey: false`"
         raise InputError(
@@ -235,7 +238,7 @@ def data_for(
         )
     return ContrastiveDataModule(
         source,
-        augment=augment or clean_views(subject, source, size),
+        augment=augment,
         seed=seed,
         eval_batch_size=batch_size,
         num_workers=num_workers,
@@ -248,50 +251,107 @@ def source_for(subject: Subject, dataset: str | None) -> Source:
     """The source that ``dataset`` means; by default that of the encoder's run.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or its samples are of another kind than those of the run.
     """
     if dataset is not None:
-        return source_of(dataset)
+        source = source_of(dataset)
+        _fit_to_run(source, subject)
+        return source
     if subject.run is None:
         raise InputError(
             f"a data set must be given for {subject.name!r}, which has no run's config.yaml beside "
-            "it. Set `--dataset` to a folder of images or the name of a source."
+            "it. Set `--dataset` to a folder or the name of a source."
         )
     return source_of(str(subject.run / "config.yaml"))
 
 
-def clean_views(subject: Subject, source: Source, size: int | None = None) -> Augment:
-    """The augmentation whose clean views an encoder is to see: size, normalisation and cut.
+# What the samples of a source are made by, beside its files: as those that an encoder has learned from.
+_LEARNED = ("sample_rate", "tokenizer_path", "vocab_size")
 
-    It is that of the run, also where the images are others; for an encoder by name the source's default;
+
+def _fit_to_run(source: Source, subject: Subject) -> None:
+    """Gives a source the sample rate and the tokenizer of the encoder's run.
+
+    Raises:
+        InputError: the two are of different kinds: sounds are not for an encoder of images, nor other
+            tokens for one of texts.
+    """
+    own: Source | None = None
+    if subject.run is not None:
+        with suppress(InputError):  # its own may be gone, and is not asked for
+            own = source_of(str(subject.run / "config.yaml"))
+    if own is not None and own.unit != source.unit:
+        raise InputError(
+            f"`dataset` must hold what the encoder was trained on, {own.unit}; got {source.unit} of "
+            f"{type(source).__name__}. Set `--dataset`."
+        )
+    if isinstance(source, PackageDocs):
+        if own is not None and not isinstance(own, PackageDocs):
+            raise InputError(
+                "`dataset` must have the tokens that the encoder was trained on; got PackageDocs, which "
+                f"have a tokenizer of their own, for {type(own).__name__}. Set `--dataset` to a file."
+            )
+        return
+    for name in _LEARNED:
+        if hasattr(own, name) and hasattr(source, name):
+            setattr(source, name, getattr(own, name))
+
+
+def clean_views(subject: Subject, source: Source, size: int | None = None) -> Augmentation:
+    """The augmentation whose clean views an encoder is to see: of images size, normalisation and cut.
+
+    It is that of the run, also where the samples are others; for an encoder by name the source's default;
     for an encoder's file that too, but for what the file says.
 
     Args:
         subject: the encoder.
-        source: of the images.
-        size: side of a view in pixels, in place of that.
+        source: of the samples.
+        size: side of a view of images in pixels, in place of that.
 
     Raises:
-        InputError: ``size`` < 2.
+        InputError: ``size`` < 2, or not of images.
     """
+    augment = augment_of_run(subject) or source.default_augment()
+    if not isinstance(augment, Augment):
+        if size is not None:
+            raise InputError(
+                f"`size` is of images; got {size} for {source.unit}. Leave out `--size`."
+            )
+        return augment
     if size is not None and size < 2:
         raise InputError(f"`size` must be >= 2; got {size}. Set `--size`.")
-    augment = copy.copy(augment_of_run(subject) or source.default_augment())
+    augment = copy.copy(augment)
     augment.size = size or subject.size or augment.size
     if subject.normalisation is not None:
         augment.mean, augment.std = subject.normalisation
     return augment
 
 
-def augment_of_run(subject: Subject) -> Augment | None:
+def augment_of_run(subject: Subject) -> Augmentation | None:
     """The augmentation of the run that trained an encoder; None where there is no run."""
     if subject.config is None or subject.run is None:
         return None
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--augment", type=Augment | None)
+    parser.add_argument("--augment", type=Augmentation | None)
     given = subject.config.get("data", {}).get("augment")
-    augment: Augment | None = parser.instantiate(parser.parse_object({"augment": given})).augment
+    augment: Augmentation | None = parser.instantiate(
+        parser.parse_object({"augment": given})
+    ).augment
     return augment or source_of(str(subject.run / "config.yaml")).default_augment()
+
+
+def clean_example(subject: Subject, count: int) -> Tensor:
+    """The first clean views (count, ...) of the run's query, as its encoder sees them.
+
+    Raises:
+        InputError: the encoder's run, or its data, is not here.
+    """
+    data = data_for(subject, num_workers=0, batch_size=count)
+    data.prepare_data()
+    data.setup("validate")
+    batch = next(iter(data.val_dataloader()[1]))
+    views: Tensor = data.make_views(batch, "query")["views"]
+    return views
 
 
 def channels_of(dataset: str | None) -> int:

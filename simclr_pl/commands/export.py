@@ -1,12 +1,12 @@
 """`simclr export`: an encoder for other programs, in the format that they read.
 
-Symbols: B images, C channels, S side in pixels, E feature width.
+Symbols: B samples, n views, C channels, S side in pixels, E feature width.
 """
 
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from simclr_pl.augment import Augment
+from simclr_pl.augmentation import Augmentation
 from simclr_pl.commands.encoder_file import KEY, named_part, save_encoder
-from simclr_pl.commands.encoders import Subject, augment_of_run, image_channels, load_subject
+from simclr_pl.commands.encoders import (
+    Subject,
+    augment_of_run,
+    clean_example,
+    image_channels,
+    load_subject,
+)
 from simclr_pl.commands.model_card import native_timm_name, write_folder_texts
 from simclr_pl.durable import flush, publish, temporary_of
 from simclr_pl.errors import InputError
@@ -35,14 +42,16 @@ def export(
 
     What was written is loaded again, and its features are compared with those of the checkpoint; where
     they differ, nothing is left. Images go in normalised, and each format says by what mean and standard
-    deviation. The classifier, which SimCLR has none of, is left out.
+    deviation; of other samples views go in, as the run's augmentation makes them, and some of the run's
+    data is read to know their shape. The classifier, which SimCLR has none of, is left out.
 
     Args:
         subject: RUN, a model of timm or torchvision by name, or a file of `simclr import`. For example:
             simclr export RUN --format onnx
         format: "safetensors", the weights under the names of timm or torchvision; "onnx"; "torch", a
-            program of torch.export; "huggingface", a folder with weights, configuration and model card.
-            "onnx" and "torch" take any number of images of the size of the run's views.
+            program of torch.export; "huggingface", a folder with weights, configuration and model card of
+            an encoder of images. "onnx" and "torch" take any number of views of the run's size, and
+            tokens of any length.
         out: The file or the folder; by default beside the checkpoint, as <checkpoint>.safetensors,
             <checkpoint>.onnx, <checkpoint>.pt2 or <checkpoint>-huggingface.
         pretrained: Load the published weights of a model by name.
@@ -52,15 +61,21 @@ def export(
     model = load_subject(subject, pretrained)
     target = _target(model, format, out)
     views = _views_of(model)
-    about = _about(model, views)
+    if format == "huggingface" and not isinstance(views, Augment):
+        raise InputError(
+            f"`format` huggingface is for encoders of images; got views by {type(views).__name__}. Set "
+            "`--format` to safetensors, onnx or torch."
+        )
+    examples = _examples(model, views)
+    about = _about(model, views, examples[0])
     encoder = copy.deepcopy(model.encoder).float().eval().requires_grad_(False)
     encoder = encoder.cpu().to(memory_format=torch.contiguous_format)  # torch.export's own order
     temporary = temporary_of(target)
     _remove(temporary)  # what is left of a process that was killed
     try:
         differences = {
-            name: _difference(encoder, run, about, name)
-            for name, run in _write(format, temporary, model, encoder, views, about)
+            name: _difference(encoder, run, examples, name)
+            for name, run in _write(format, temporary, model, encoder, views, about, examples[1])
         }
         for file in temporary.iterdir() if temporary.is_dir() else ():
             flush(file)
@@ -68,9 +83,13 @@ def export(
     finally:
         _remove(temporary)
     count = sum(p.numel() for p in encoder.parameters())
-    mean, std = ([round(x, 4) for x in about["normalisation"][k]] for k in ("mean", "std"))
     print(f"{type(model.encoder).__name__} with {count:,} parameters, of {subject}, is in {target}")
-    print(f"takes pixels in [0, 1], less {mean}, divided by {std}; {about['size']} pixels a side")
+    if isinstance(views, Augment):
+        mean, std = ([round(x, 4) for x in about["normalisation"][k]] for k in ("mean", "std"))
+        print(f"takes pixels in [0, 1], less {mean}, divided by {std}; {views.size} pixels a side")
+    else:
+        shape = ", ".join(["n", *map(str, about["input"]["shape"])])
+        print(f"takes ({shape}) {about['input']['dtype']}, views by {about['input']['views']}")
     for name, difference in differences.items():
         print(f"largest difference of features, {name} to checkpoint: {difference:.1e}")
 
@@ -107,9 +126,11 @@ def _target(model: Subject, format: Format, out: str | None) -> Path:
     return target
 
 
-def _views_of(model: Subject) -> Augment:
-    """Size, normalisation and cut of the clean views that an encoder is to see."""
+def _views_of(model: Subject) -> Augmentation:
+    """How the clean views are made that an encoder is to see: of images size, normalisation and cut."""
     views = copy.copy(augment_of_run(model) or Augment())
+    if not isinstance(views, Augment):
+        return views
     if model.run is None:
         published = getattr(named_part(model.encoder), "pretrained_cfg", {})
         views.size = model.size or int(published.get("input_size", (views.size,))[-1])
@@ -124,7 +145,21 @@ def _views_of(model: Subject) -> Augment:
     return views
 
 
-def _about(model: Subject, views: Augment) -> dict[str, Any]:
+def _examples(model: Subject, views: Augmentation) -> list[Tensor]:
+    """1 and 3 views on the CPU: of random pixels, of other samples real ones."""
+    if not isinstance(views, Augment):
+        three = clean_example(model, 3).cpu()
+        return [three[:1], three]
+    mean, std = (torch.tensor(v)[:, None, None] for v in (views.mean, views.std))
+    shape = (3, len(views.mean), views.size, views.size)
+    pixels = torch.randint(
+        256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    images = (pixels / 255 - mean) / std
+    return [images[:1], images]
+
+
+def _about(model: Subject, views: Augmentation, example: Tensor) -> dict[str, Any]:
     """What every format says of an encoder, as plain values: see `encoder_file`."""
     encoder, recipe = type(model.encoder), dict(model.recipe or {})
     if encoder.__module__.startswith("simclr_pl."):  # by its full name, wherever the run found it
@@ -133,13 +168,13 @@ def _about(model: Subject, views: Augment) -> dict[str, Any]:
     if model.checkpoint is not None:  # the end of its path: the rest is of this machine alone
         parts = [*(model.run.parts[-2:] if model.run else ()), model.checkpoint.name]
         source = "/".join(parts)
-    return {
-        "encoder": recipe,
-        "normalisation": {"mean": list(views.mean), "std": list(views.std)},
-        "source": source,
-        "step": model.step,
-        "size": views.size,
-    }
+    about = {"encoder": recipe, "source": source, "step": model.step}
+    if isinstance(views, Augment):
+        normalisation = {"mean": list(views.mean), "std": list(views.std)}
+        return {**about, "normalisation": normalisation, "size": views.size}
+    dtype = str(example.dtype).removeprefix("torch.")
+    maker = f"{type(views).__module__}.{type(views).__qualname__}"
+    return {**about, "input": {"shape": list(example.shape[1:]), "dtype": dtype, "views": maker}}
 
 
 # The formats. Each writes, loads what it wrote, and yields a name for that and what makes features.
@@ -150,17 +185,19 @@ def _write(
     file: Path,
     model: Subject,
     encoder: nn.Module,
-    views: Augment,
+    views: Augmentation,
     about: dict[str, Any],
+    example: Tensor,
 ) -> Iterator[tuple[str, Run]]:
     if format == "onnx":
-        yield "onnxruntime", _onnx(file, encoder, about)
+        yield "onnxruntime", _onnx(file, encoder, about, example)
     elif format == "torch":
-        yield "torch.export", _torch_program(file, encoder, about)
+        yield "torch.export", _torch_program(file, encoder, about, example)
     elif format == "safetensors":
         save_encoder(file, model.encoder, about)
         yield "file", _reloaded(file, model)
     else:
+        assert isinstance(views, Augment)
         file.mkdir()
         save_encoder(file / "model.safetensors", model.encoder, about)
         write_folder_texts(file, model, views, about)
@@ -177,13 +214,17 @@ def _reloaded(file: Path, model: Subject) -> Run:
     return encoder.float().eval()
 
 
-def _program(encoder: nn.Module, about: dict[str, Any]) -> torch.export.ExportedProgram:
-    """The encoder for any B; from an example of 2 images, since 0 and 1 would be taken as fixed."""
-    example = torch.zeros(2, len(about["normalisation"]["mean"]), about["size"], about["size"])
+def _axes(example: Tensor) -> dict[int, str]:
+    """The axes that may have any length: that of the views, and of tokens also that along a text."""
+    return {0: "batch"} if example.is_floating_point() else {0: "batch", 1: "length"}
+
+
+def _program(encoder: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """The encoder for any n; from an example of more views than 1, which would be taken as fixed."""
     try:
         with torch.no_grad():
-            batch = torch.export.Dim("batch")
-            return torch.export.export(encoder, (example,), dynamic_shapes=({0: batch},))
+            shapes = dict.fromkeys(_axes(example), torch.export.Dim.DYNAMIC)
+            return torch.export.export(encoder, (example,), dynamic_shapes=(shapes,))
     except Exception as error:  # of many kinds, from the encoder and from the tracer
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -192,25 +233,26 @@ def _program(encoder: nn.Module, about: dict[str, Any]) -> torch.export.Exported
         ) from error
 
 
-def _torch_program(file: Path, encoder: nn.Module, about: dict[str, Any]) -> Run:
+def _torch_program(file: Path, encoder: nn.Module, about: dict[str, Any], example: Tensor) -> Run:
     with file.open("wb") as stream:
         torch.export.save(
-            _program(encoder, about), stream, extra_files={f"{KEY}.json": json.dumps(about)}
+            _program(encoder, example), stream, extra_files={f"{KEY}.json": json.dumps(about)}
         )
     with file.open("rb") as stream:
         return torch.export.load(stream).module()
 
 
-def _onnx(file: Path, encoder: nn.Module, about: dict[str, Any]) -> Run:
+def _onnx(file: Path, encoder: nn.Module, about: dict[str, Any], example: Tensor) -> Run:
     import onnxruntime
 
-    traced = _program(encoder, about)
+    name = "images" if "size" in about else "views"
+    traced = _program(encoder, example)
     with torch.no_grad():
         program = torch.onnx.export(
             traced,
             dynamo=True,
-            dynamic_shapes=({0: "batch"},),  # the name, which the trace has not
-            input_names=["images"],
+            dynamic_shapes=(_axes(example),),  # the names, which the trace has not
+            input_names=[name],
             output_names=["features"],
             verbose=False,
         )
@@ -218,32 +260,27 @@ def _onnx(file: Path, encoder: nn.Module, about: dict[str, Any]) -> Run:
     program.model.metadata_props[KEY] = json.dumps(about)
     program.save(str(file), external_data=False)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run(["features"], {"images": x.numpy()})[0])
+    return lambda x: torch.from_numpy(session.run(["features"], {name: x.numpy()})[0])
 
 
 # Parity.
 
 
-def _difference(encoder: nn.Module, run: Run, about: dict[str, Any], name: str) -> float:
-    """The largest absolute difference of features of 1 and of 3 random images.
+def _difference(encoder: nn.Module, run: Run, examples: Sequence[Tensor], name: str) -> float:
+    """The largest absolute difference of the features of some views.
 
     Raises:
         InputError: it is above the tolerance, or no number.
     """
-    mean, std = (torch.tensor(about["normalisation"][k])[:, None, None] for k in ("mean", "std"))
-    generator = torch.Generator().manual_seed(0)
     largest = 0.0
-    for n in (1, 3):
-        shape = (n, len(mean), about["size"], about["size"])
-        pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-        images = (pixels / 255 - mean) / std
+    for views in examples:
         with torch.no_grad():
-            expected, received = encoder(images), run(images)
+            expected, received = encoder(views), run(views)
         difference = float((expected - received).abs().max())
         if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
             raise InputError(
                 f"an export must give the features of its checkpoint; got a difference of "
-                f"{difference:.1e} from {name} for {n} images. Nothing is written; try another "
+                f"{difference:.1e} from {name} for {len(views)} views. Nothing is written; try another "
                 "`--format`."
             )
         largest = max(largest, difference)

@@ -54,26 +54,27 @@ def finetune(
 ) -> None:
     """Train an encoder with a linear head on all or a few labels, and from a random start to compare.
 
-    The protocol of the paper (appendix B.5): random crops and flips, SGD with Nesterov momentum, no
-    weight decay. The accuracy is that of the last epoch, on the images kept for evaluation. The model is
-    saved beside the result, NAME.finetune.ckpt; every command takes it, and `simclr distill` learns from
-    it. For example, as SimCLRv2 with a three-layer projector:
+    The protocol of the paper (appendix B.5): random crops and flips (of other samples than images, views
+    as in training), SGD with Nesterov momentum, no weight decay. The accuracy is that of the last epoch,
+    on what is kept for evaluation. The model is saved beside the result, NAME.finetune.ckpt; every
+    command takes it, and `simclr distill` learns from it. For example, as SimCLRv2 with a three-layer
+    projector:
 
         simclr finetune runs/simclr/version_0 --fraction 0.01 --projector_layers 1
 
     Args:
         subject: A checkpoint of `simclr fit`, a run's folder, or a model of timm or torchvision.
-        fraction: Share of the labels of each class, at least one image of each; the same images in every
+        fraction: Share of the labels of each class, at least one of each; the same ones in every
             run of the same seed.
-        files: A text file with the names of the labelled images, one a line, in place of the fraction.
-        dataset: A folder of images, a packed folder, a YAML config or its name, or the name of a source;
-            by default the run's own.
+        files: A text file with the names of the labelled samples, one a line, in place of the fraction.
+        dataset: A folder, a packed folder, a file of texts, a YAML config or its name, or the name of a
+            source; by default the run's own.
         projector_layers: Linear layers of the projector to keep under the new head.
         epochs: By default 60 up to 5 % of the labels or with a list of files, else 30, as the paper has;
             or as many as make 300 steps, where the labels are few.
         lr: Learning rate for a batch of 256; it grows in proportion to the batch.
         lr_decay: Factor of the learning rate from each layer to the one below it.
-        batch_size: Images of a step over all devices at most; smaller sets are taken in equal steps.
+        batch_size: Samples of a step over all devices at most; smaller sets are taken in equal steps.
         seed: Of the choice of labels, the order, and the views.
         baselines: Train the same from a random initialisation, too.
         out: The JSON file; by default <checkpoint>.finetune.json beside the checkpoint, or in the working
@@ -113,9 +114,10 @@ def finetune(
     scores = {"fine-tuned": module.accuracy}
     if baselines:
         scores[_BASELINE] = trained(*fresh(model)).accuracy
-    labels = len(data.images("train"))
+    labels = len(data.samples("train"))
     total = module.accuracy.total
-    title = f"{model.name}, {labels:,} labels, {module.epochs} epochs, {total:,} query images"
+    title = f"{model.name}, {labels:,} labels, {module.epochs} epochs, {total:,} query "
+    title += source.unit
     values = {
         **scores_values("", module.accuracy),
         **(scores_values("_random", scores[_BASELINE]) if baselines else {}),

@@ -33,11 +33,11 @@ def knn(
     out: str | None = None,
     track: tuple[Tracker, ...] = (),
 ) -> None:
-    """Classify images by the votes of their nearest neighbours among frozen features.
+    """Classify samples by the votes of their nearest neighbours among frozen features.
 
-    The query images, seen once without augmentation, take the class that the most similar labelled
-    training images vote for, each with the weight exp(cosine / temperature). One search serves all k and
-    temperatures. The best of them is chosen on the query images, the baselines' too.
+    The query samples, seen once without augmentation, take the class that the most similar labelled
+    training samples vote for, each with the weight exp(cosine / temperature). One search serves all k and
+    temperatures. The best of them is chosen on the query, the baselines' too.
 
     For example:
 
@@ -45,17 +45,17 @@ def knn(
 
     Args:
         subject: A checkpoint of `simclr fit`, a run's folder, or a model of timm or torchvision.
-        dataset: A folder of images, a packed folder, a YAML config or its name, or the name of a source;
-            by default the run's own.
+        dataset: A folder, a packed folder, a file of texts, a YAML config or its name, or the name of a
+            source; by default the run's own.
         k: Numbers of neighbours.
         temperature: Of the votes; lower ones listen to the nearest neighbours only.
-        baselines: Score the encoder at initialisation and raw pixels (at most 32 x 32 of them, kept in
-            memory as the features are), too.
-        bank_size: Labelled training images to search; by default all.
+        baselines: Score the encoder at initialisation and no encoder, too: of images, raw pixels (at most
+            32 x 32 of them, kept in memory as the features are).
+        bank_size: Labelled training samples to search; by default all.
         size: Side of an image as the encoder sees it, in pixels; by default the run's, or the source's.
         pretrained: Load the published weights of a model by name.
-        seed: Of the choice of bank_size images.
-        batch_size: Images encoded at a time on each device.
+        seed: Of the choice of bank_size samples.
+        batch_size: Samples encoded at a time on each device.
         num_workers: Loader processes of each device; by default one for each core.
         devices: How many, or auto for all.
         accelerator: cpu, gpu or auto.
@@ -74,9 +74,11 @@ def knn(
     model = load_subject(subject, pretrained, channels_of(dataset))
     result_file("knn", model, out)  # a wrong `out` is known before the work
     data = data_for(model, dataset, seed, batch_size, num_workers, bank_size, size)
-    views = CleanViews(pixels=baselines)
+    views = CleanViews(raw=baselines)
     trainer = trainer_for(devices, accelerator, precision, [views])
     values: dict[str, Any] = {"dataset": dataset or type(data.source).__name__}
+    if baselines:
+        values["raw_name"] = data.augment.raw_name
     rows, grids = [], []
     for part in compared(model, data, trainer, views, baselines):
         values.update(sizes_of(part, data.num_classes))
@@ -86,9 +88,10 @@ def knn(
         grids.append(grid)
         values.update(found)
     tables = [
-        _grid_table(grids[0], k, temperature, values["query"]),
+        _grid_table(grids[0], k, temperature, values["query"], data.source.unit),
         table_of(
-            f"The best, chosen on the query; {values['bank']:,} images in the bank, % [95 % interval]",
+            f"The best, chosen on the query; {values['bank']:,} {data.source.unit} in the bank, % "
+            "[95 % interval]",
             ("", "top-1", "k", "temperature", "top-5"),
             rows,
         ),
@@ -122,9 +125,9 @@ def _summary(
 
 
 def _grid_table(
-    grid: Sequence[KNNScore], k: Sequence[int], temperature: Sequence[float], total: int
+    grid: Sequence[KNNScore], k: Sequence[int], temperature: Sequence[float], total: int, unit: str
 ) -> Table:
     cells = {(cell.k, cell.temperature): percent(cell.top1 / total) for cell in grid}
     rows = [[f"k = {each}", *(cells[each, t] for t in temperature)] for each in k]
     headings = ("", *(f"temperature {t:g}" for t in temperature))
-    return table_of(f"Top-1 of {total:,} query images, %", headings, rows)
+    return table_of(f"Top-1 of {total:,} query {unit}, %", headings, rows)

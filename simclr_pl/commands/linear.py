@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from simclr_pl.augmentation import Augmentation
 from simclr_pl.cli import Tracker
-from simclr_pl.commands.comparison import INIT, PIXELS, TRAINED, compared
+from simclr_pl.commands.comparison import INIT, RAW, TRAINED, compared
 from simclr_pl.commands.encoders import (
     Subject,
     channels_of,
@@ -26,7 +27,7 @@ from simclr_pl.data.labels import LabelledSubset
 from simclr_pl.distributed import rank
 from simclr_pl.errors import InputError
 from simclr_pl.evaluation.crops import LinearOnCrops
-from simclr_pl.evaluation.features import CleanViews, raw_pixels
+from simclr_pl.evaluation.features import CleanViews
 from simclr_pl.evaluation.finetune import crop_and_flip
 from simclr_pl.evaluation.linear import LinearResult, linear_protocol
 
@@ -56,11 +57,11 @@ def linear(
     out: str | None = None,
     track: tuple[Tracker, ...] = (),
 ) -> None:
-    """Train a linear classifier on frozen features and score it on the query images.
+    """Train a linear classifier on frozen features and score it on the query.
 
-    The labelled training images are encoded once, without augmentation. A tenth of them, of each class
+    The labelled training samples are encoded once, without augmentation. A tenth of them, of each class
     alike, chooses among the options; the classifier is then fitted on all of them and scored once. The
-    same is done with the encoder at initialisation and with raw pixels.
+    same is done with the encoder at initialisation and with no encoder, of images with raw pixels.
 
     For example:
 
@@ -68,24 +69,24 @@ def linear(
 
     Args:
         subject: A checkpoint of `simclr fit`, a run's folder, or a model of timm or torchvision.
-        dataset: A folder of images, a packed folder, a YAML config or its name, or the name of a source;
-            by default the run's own.
+        dataset: A folder, a packed folder, a file of texts, a YAML config or its name, or the name of a
+            source; by default the run's own.
         method: lbfgs is logistic regression over the penalties l2; sgd trains all pairs of lr and
             weight_decay at once, with momentum and a cosine, and needs less memory.
-        augment: As the papers do: by SGD on fresh random crops and flips of the images in every epoch.
-            Each epoch encodes every image, so this takes as long as training.
+        augment: As the papers do: by SGD on fresh random crops and flips of the images in every epoch; of
+            other samples on fresh views as the run had them. This takes as long as training.
         l2: Penalties on the summed cross-entropy, l2 / 2 * |weights|^2.
         lr: Learning rates of SGD.
         weight_decay: Weight decays of SGD.
-        epochs: Passes of SGD over the images; by default 30, with augment 90 as in the paper.
-        sgd_batch_size: Images of a step of SGD over all devices.
-        baselines: Do the same with the encoder at initialisation and with raw pixels (at most 32 x 32 of
-            them, kept in memory as the features are).
-        bank_size: Labelled training images to learn from; by default all. Not with augment.
+        epochs: Passes of SGD over the samples; by default 30, with augment 90 as in the paper.
+        sgd_batch_size: Samples of a step of SGD over all devices.
+        baselines: Do the same with the encoder at initialisation and with no encoder: of images, raw
+            pixels (at most 32 x 32 of them, kept in memory as the features are).
+        bank_size: Labelled training samples to learn from; by default all. Not with augment.
         size: Side of an image as the encoder sees it, in pixels; by default the run's, or the source's.
         pretrained: Load the published weights of a model by name.
         seed: Of the split, the order and the crops.
-        batch_size: Images encoded at a time on each device.
+        batch_size: Samples encoded at a time on each device.
         num_workers: Loader processes of each device; by default one for each core.
         devices: How many, or auto for all.
         accelerator: cpu, gpu or auto.
@@ -97,7 +98,7 @@ def linear(
     """
     if augment and bank_size is not None:
         raise InputError(
-            f"`augment` learns from all labelled images; got `bank_size` {bank_size}. Leave one out."
+            f"`augment` learns from all labelled samples; got `bank_size` {bank_size}. Leave one out."
         )
     model = load_subject(subject, pretrained, channels_of(dataset))
     result_file("linear", model, out)  # a wrong `out` is known before the work
@@ -114,14 +115,16 @@ def linear(
         options |= {"weight_decay": weight_decay, "epochs": epochs, "batch_size": sgd_batch_size}
         found = _on_features(model, data, baselines, options, machine)
     values: dict[str, Any] = {"dataset": dataset or type(source_for(model, dataset)).__name__}
-    values["method"] = "sgd on crops" if augment else method
+    values["method"] = "sgd on fresh views" if augment else method
+    if baselines:
+        values["raw_name"] = data.augment.raw_name
     rows = []
     for (name, suffix), result in found:
         row, part = _summary(name, suffix, result)
         rows.append(row)
         values |= {"classes": data.num_classes, "bank": result.bank, "query": result.query, **part}
     title = (
-        f"Linear classifier by {values['method']} on {values['bank']:,} images, scored on "
+        f"Linear classifier by {values['method']} on {values['bank']:,} {data.source.unit}, scored on "
         f"{values['query']:,}, % [95 % interval]; options chosen on {values['held_out']:,} held out"
     )
     headings = ("", "top-1", "top-5", "options")
@@ -135,7 +138,7 @@ def _on_features(
     options: dict[str, Any],
     machine: dict[str, Any],
 ) -> Found:
-    views = CleanViews(pixels=baselines)
+    views = CleanViews(raw=baselines)
     trainer = trainer_for(**machine, callbacks=[views])
     for part in compared(model, data, trainer, views, baselines):
         with _bar(f"Fitting, {part.name}") as progress:
@@ -163,7 +166,7 @@ def _crops(
     batch_size: int,
     num_workers: int | None,
 ) -> ContrastiveDataModule:
-    """One random crop of each labelled training image, and the clean views."""
+    """One random view of each labelled training sample, and the clean views."""
     source = LabelledSubset(source_for(model, dataset))
     augment = crop_and_flip(clean_views(model, source, size))
     return data_for(
@@ -185,23 +188,27 @@ def _on_crops(
     heads: dict[str, Any],
     machine: dict[str, Any],
 ) -> Found:
-    names = {"trained": TRAINED, "init": INIT, "pixels": PIXELS}
+    names = {"trained": TRAINED, "init": INIT, "raw": (data.augment.raw_name, RAW)}
     encoders: dict[str, nn.Module] = {"trained": frozen(model.encoder)}
     if baselines:
-        encoders |= {"pixels": _Pixels(), "init": frozen(model.fresh())}
+        encoders |= {"raw": _Raw(data.augment), "init": frozen(model.fresh())}
     module = LinearOnCrops(encoders, **heads)
     trainer = trainer_for(**machine, max_epochs=epochs, check_val_every_n_epoch=epochs)
-    data.global_batch_size = trainer.world_size  # `LinearOnCrops` sets what the images fill
+    data.global_batch_size = trainer.world_size  # `LinearOnCrops` sets what the samples fill
     trainer.fit(module, data)
     for name, result in module.results.items():
         yield names[name], result
 
 
-class _Pixels(nn.Module):
-    """No encoder: the pixels are the features."""
+class _Raw(nn.Module):
+    """No encoder: the features are the augmentation's own."""
+
+    def __init__(self, augment: Augmentation) -> None:
+        super().__init__()
+        self.augment = augment
 
     def forward(self, x: Tensor) -> Tensor:
-        return raw_pixels(x)
+        return self.augment.raw(x)
 
 
 def _summary(name: str, suffix: str, result: LinearResult) -> tuple[list[str], dict[str, Any]]:

@@ -19,7 +19,7 @@ _PROTOCOLS = {
     "probe": "linear head trained beside the encoder",
     "finetune": "whole encoder trained on labels; the weights here are those before",
 }
-_BASELINES = {"": "this encoder", "_init": "at initialisation", "_pixels": "raw pixels"}
+_BASELINES = {"": "this encoder", "_init": "at initialisation", "_raw": "raw pixels"}
 
 
 class Score(NamedTuple):

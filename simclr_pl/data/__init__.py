@@ -2,11 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+from simclr_pl.data.audio import AudioFolder, SpokenDigits
 from simclr_pl.data.digits import Digits
 from simclr_pl.data.folders import ImageFolder
+from simclr_pl.data.package_docs import PackageDocs
 from simclr_pl.data.shards import Shards
-from simclr_pl.data.sources import DatasetSource, Source
+from simclr_pl.data.sources import DatasetSource, Source, in_memory
 from simclr_pl.data.streaming import StreamedShards
+from simclr_pl.data.text import TextFile
 from simclr_pl.data.torchvision_sets import CIFAR10, CIFAR100, STL10
 
 if TYPE_CHECKING:
@@ -16,13 +19,18 @@ __all__ = [
     "CIFAR10",
     "CIFAR100",
     "STL10",
+    "AudioFolder",
     "ContrastiveDataModule",
     "DatasetSource",
     "Digits",
     "ImageFolder",
+    "PackageDocs",
     "Shards",
     "Source",
+    "SpokenDigits",
     "StreamedShards",
+    "TextFile",
+    "in_memory",
 ]
 
 

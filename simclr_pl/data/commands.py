@@ -2,36 +2,43 @@
 
 ``src``, in all of them, is one of:
 
-- a folder of images, as `ImageFolder` understands it;
+- a folder of images, as `ImageFolder` understands it, or of sounds alone, as `AudioFolder` does;
 - a packed folder;
+- a file of texts, or a folder with a training one, as `TextFile` understands it;
 - a YAML config, whose ``data.source`` is taken: a run's `config.yaml`, or one of the package's by name;
 - the name of a source, e.g. ``Digits`` or ``CIFAR10``;
 - the address of a packed set in an object store.
 """
 
 import json
-from collections import Counter
+import os
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser
-from rich.console import Console
 from rich.table import Table
 
 import simclr_pl.data
-from simclr_pl.data.decode import MAX_PIXELS
-from simclr_pl.data.description import contents, moments
+from simclr_pl.data.audio import AudioFolder
+from simclr_pl.data.cleaning import check_place, clean
+from simclr_pl.data.clips import AUDIO_EXTENSIONS
+from simclr_pl.data.decode import EXTENSIONS, MAX_PIXELS
+from simclr_pl.data.description import contents, moments, write_moments
+from simclr_pl.data.findings import SHOWN, console, show, show_cleaned, size_of
 from simclr_pl.data.folders import ImageFolder
-from simclr_pl.data.inspection import DOUBTFUL, KINDS, UNUSABLE, Finding, Report, examine
+from simclr_pl.data.inspection import examine
 from simclr_pl.data.pack import pack_source
 from simclr_pl.data.shards import Shards, all_shards, is_packed, load_index
 from simclr_pl.data.sources import Source
 from simclr_pl.data.streaming import StreamedShards
+from simclr_pl.data.sweep import require_images
+from simclr_pl.data.text import TextFile
 from simclr_pl.errors import InputError
 from simclr_pl.presets import preset_files
 
-_SHOWN = 20  # findings of a kind, or skipped images, that the terminal shows
+_TEXTS = (".txt", ".csv", ".tsv", ".parquet")  # what `TextFile` reads
 
 
 def pack(
@@ -72,22 +79,22 @@ def pack(
     shards = all_shards(index)
     counts = {split: sum(s["count"] for s in parts) for split, parts in index["splits"].items()}
     images = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    size = _size(sum(shard["bytes"] for shard in shards))
+    size = size_of(sum(shard["bytes"] for shard in shards))
     plural = "shard" if len(shards) == 1 else "shards"
-    console = _console()
-    console.print(f"Packed {images} images in {len(shards)} {plural}, {size}, in {out}")
+    terminal = console()
+    terminal.print(f"Packed {images} images in {len(shards)} {plural}, {size}, in {out}")
     if skipped := index["skipped"]:
-        console.print(
+        terminal.print(
             f"Left out {len(skipped):,} that cannot be read; all are in {out}/index.json:"
         )
-        for item in skipped[:_SHOWN]:
-            console.print(f"  {item['path']}: {item['reason']}")
-        if len(skipped) > _SHOWN:
-            console.print(f"  and {len(skipped) - _SHOWN:,} more")
+        for item in skipped[:SHOWN]:
+            terminal.print(f"  {item['path']}: {item['reason']}")
+        if len(skipped) > SHOWN:
+            terminal.print(f"  and {len(skipped) - SHOWN:,} more")
 
 
 def info(src: str, workers: int | None = None) -> None:
-    """Say what a set holds: images, classes, bytes and sizes of each split.
+    """Say what a set holds: samples, classes, bytes and sizes of each split.
 
     For example:
 
@@ -101,42 +108,55 @@ def info(src: str, workers: int | None = None) -> None:
     found = contents(source, workers)
     table = Table(title=src, title_justify="left")
     table.add_column("split")
-    for heading in ("images", "classes", "stored", "median of an image", "median size"):
+    for heading in (source.unit, "classes", "stored", "median of one", "median size"):
         table.add_column(heading, justify="right")
     for split, part in found.items():
         size = "-" if part.median_size is None else "{} x {}".format(*part.median_size)
-        stored = "-" if part.bytes is None else _size(part.bytes)
-        row = f"{part.images:,}", str(part.classes or "-"), stored, _size(part.median_bytes), size
+        stored = "-" if part.bytes is None else size_of(part.bytes)
+        row = f"{part.images:,}", str(part.classes or "-"), stored, size_of(part.median_bytes), size
         table.add_row(split, *row)
-    console = _console()
-    console.print(table)
+    terminal = console()
+    terminal.print(table)
     if is_packed(Path(src)):
         index = load_index(Path(src))
         options = ", ".join(f"{k} {v}" for k, v in index["options"].items())
-        console.print(f"packed as {index['format']}: {len(all_shards(index))} shards, {options}")
+        terminal.print(f"packed as {index['format']}: {len(all_shards(index))} shards, {options}")
         if index["skipped"]:
-            console.print(f"{len(index['skipped']):,} images were left out; index.json lists them")
+            terminal.print(f"{len(index['skipped']):,} images were left out; index.json lists them")
 
 
 def check(
     src: str,
+    fix: str | None = None,
     report: str | None = None,
     tiny: int = 32,
     max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
 ) -> int:
-    """Read every image and list what is wrong; the exit code is 1 if any is unusable.
+    """Read every sample and list what is wrong; the exit code is 1 if any is unusable.
 
-    For example, with every finding in a file:
+    For example, with every finding in a file; and to get a set without what is wrong:
 
         simclr data check photos --report findings.json
+        simclr data check photos --fix clean
 
-    Unusable are damaged, empty, truncated, too large and unreadable images. Duplicates, also of training
-    images in the query split, tiny images and animations are for you to judge. Of a packed set every
+    Unusable are damaged, empty, truncated, too large and unreadable samples. Duplicates, also of training
+    samples in the query split, tiny images and animations are for you to judge. Of a packed set every
     checksum is verified, too.
+
+    --fix, of images, writes the set without unusable images and without duplicates, and cleaning.json,
+    which names each image that was left out and why; the exit code is then 0. A folder of images gets
+    hard links, copies where the file system has none; a packed folder is packed again, byte for byte. SRC
+    stays as it is, and what SRC's source does not read is not in the new folder.
+
+    Of duplicates the first is kept. Of a training image that is an evaluation image, too, the latter is
+    kept (the other is a leak). Training images that are one image in several classes are all left out (a
+    conflict), for nobody can say which class is right; so are evaluation images, unless only training
+    images contradict them. A folder without a split of its own counts as training images.
 
     Args:
         src: A folder of images, a packed folder, a YAML config or its name, or the name of a source.
+        fix: A new folder, which gets the set without what is wrong.
         report: A JSON file that gets every finding; the terminal shows the first 20 of each kind.
         tiny: Images with a shorter side below this, in pixels, are listed.
         max_pixels: Images with more are too large, taken for decompression bombs.
@@ -146,36 +166,60 @@ def check(
         raise InputError(
             f"`report` must lie in a folder that exists; got {report!r}. Make the folder first."
         )
-    found = examine(source_of(src), tiny, max_pixels, workers)
-    _show(src, found)
+    source = source_of(src) if fix is None else _images_of(src)
+    if fix is not None:
+        check_place(source, fix)
+    found = examine(source, tiny, max_pixels, workers)
     if report is not None:
         Path(report).write_text(json.dumps(found.as_dict(), indent=1) + "\n")
-        _console().print(f"All findings are in {report}")
-    return 0 if found.usable else 1
+    if fix is None:
+        show(src, found)
+    else:
+        arguments = {"src": src, "fix": fix, "tiny": tiny, "max_pixels": max_pixels}
+        show_cleaned(src, fix, found, clean(source, found, fix, arguments, max_pixels, workers))
+        console().print(f"Train from it: {_fit(src, source, root=fix)}")
+    if report is not None:
+        console().print(f"All findings are in {report}")
+    return 0 if found.usable or fix is not None else 1
 
 
 def stats(
-    src: str, max_images: int | None = None, seed: int = 0, workers: int | None = None
+    src: str,
+    out: str | None = None,
+    max_images: int | None = None,
+    seed: int = 0,
+    workers: int | None = None,
 ) -> None:
-    """Print the mean and standard deviation of the training images, for data.augment.init_args.
+    """Print the mean and standard deviation of the training images, which normalise the views.
 
-    For example, of a part of them:
+    For example, to train with those of your images:
 
-        simclr data stats photos --max_images 10000
+        simclr data stats photos --out photos.yaml
+        simclr fit --config imagenet --config photos.yaml --data.source.root photos
 
     Every pixel counts the same, before any crop; pixels are within [0, 1].
 
     Args:
         src: A folder of images, a packed folder, a YAML config or its name, or the name of a source.
+        out: A new YAML file that gets them as a config. Give it to simclr fit after a config that names
+            the augmentation, as all presets of images do; it changes its mean and std alone.
         max_images: Take a random sample of so many images; by default all.
         seed: Of that sample.
         workers: Processes; by default one for each core.
     """
-    found = moments(source_of(src), max_images, seed, workers)
+    if out is not None and (Path(out).exists() or not Path(out).absolute().parent.is_dir()):
+        raise InputError(
+            f"`out` must be a new file in a folder that exists; got {out!r}. Give another."
+        )
+    source = _images_of(src)
+    found = moments(source, max_images, seed, workers)
     left_out = f", {found.unreadable:,} left out as unreadable" if found.unreadable else ""
-    print(f"# {src}: {found.images:,} training images, {found.pixels:,} pixels{left_out}")
-    for name in ("mean", "std"):
-        print(f"{name}: [{', '.join(f'{value:.4f}' for value in getattr(found, name))}]")
+    about = f"# {src}: {found.images:,} training images, {found.pixels:,} pixels{left_out}"
+    print("\n".join([about, *found.lines()]))
+    if out is not None:
+        command = _fit(src, source, out)
+        write_moments(Path(out), found, [f"# {command}", about])
+        print(f"# Train with them: {command}")
 
 
 COMMANDS = {"check": check, "info": info, "stats": stats, "pack": pack}
@@ -190,10 +234,12 @@ def source_of(src: str) -> Source:
     path = Path(src)
     if path.is_dir():
         if not is_packed(path):
-            return ImageFolder(src)
+            return _folder(src)
         return Shards(src) if load_index(path)["format"] == "arrow" else StreamedShards(src)
     if "://" in src:
         return StreamedShards(src)
+    if path.suffix.lower() in _TEXTS and path.is_file():
+        return TextFile(src)
     if path.suffix in (".yaml", ".yml"):
         return _built(_source_in(path), src)
     if src in preset_files():
@@ -205,6 +251,27 @@ def source_of(src: str) -> Source:
             f"got {src!r}. Check the path."
         )
     return _built(src, src)
+
+
+def _folder(root: str) -> Source:
+    """A folder of images, or, where it has none, of sounds or of texts."""
+    has_sounds = False
+    for _, _, files in os.walk(root):
+        kinds = {os.path.splitext(file)[1].lower() for file in files}
+        if kinds & set(EXTENSIONS):
+            return ImageFolder(root)
+        has_sounds |= bool(kinds & set(AUDIO_EXTENSIONS))
+    if has_sounds:
+        return AudioFolder(root)
+    if any(Path(root, f"train{suffix}").is_file() for suffix in _TEXTS):
+        return TextFile(root)
+    return ImageFolder(root)  # it says what it wants
+
+
+def _images_of(src: str) -> Source:
+    source = source_of(src)
+    require_images(source)
+    return source
 
 
 def _is_source(value: Any) -> bool:
@@ -239,62 +306,30 @@ def _built(source: Any, src: str) -> Source:
         ) from error
 
 
-# On the terminal.
+def _fit(src: str, source: Source, *configs: str, root: str | None = None) -> str:
+    """The command that trains from a source: by its own config, else by the first preset of its kind.
+
+    Args:
+        src: as the user gave it.
+        source: what it means.
+        configs: further ones.
+        root: a folder in place of the source's.
+    """
+    name = type(source).__name__
+    if src in preset_files() or Path(src).suffix in (".yaml", ".yml"):
+        first, options = src, []
+    else:
+        kinds = {preset: _class_in(file) for preset, file in preset_files().items()}
+        first = next((preset for preset, kind in kinds.items() if kind == name), "imagenet")
+        options = [] if kinds[first] == name else ["--data.source", name if "." not in src else src]
+        root = root or (src if hasattr(source, "root") and Path(src).is_dir() else None)
+    options += [] if root is None else ["--data.source.root", root]
+    words = [word for config in (first, *configs) for word in ("--config", config)]
+    return shlex.join(["simclr", "fit", *words, *options])
 
 
-def _console() -> Console:
-    return Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-
-
-def _show(src: str, report: Report) -> None:
-    console = _console()
-    by_kind = Counter(finding.kind for finding in report.findings)
-    for kind in KINDS:
-        found = [finding for finding in report.findings if finding.kind == kind]
-        for finding in found[:_SHOWN]:
-            console.print(_line(finding))
-        if len(found) > _SHOWN:
-            console.print(f"{kind}: and {len(found) - _SHOWN:,} more")
-    table = Table(title=src, title_justify="left")
-    for heading in ("split", "images", "classes", "images of a class"):
-        table.add_column(heading, justify="left" if heading == "split" else "right")
-    for split, count in report.images.items():
-        table.add_row(split, f"{count:,}", *_balance(report.classes.get(split, {})))
-    console.print(table)
-    if by_kind:
-        summary = Table()
-        summary.add_column("finding")
-        summary.add_column("images", justify="right")
-        summary.add_column("")
-        for kind in (kind for kind in KINDS if by_kind[kind]):
-            summary.add_row(kind, f"{by_kind[kind]:,}", _judgement(kind))
-        console.print(summary)
-    verdict = "Every image is usable." if report.usable else "Not every image is usable."
-    console.print(verdict)
-
-
-def _line(finding: Finding) -> str:
-    where = f"{finding.split}: " if finding.split else ""
-    return f"{finding.kind}: {where}{finding.path}: {finding.detail}"
-
-
-def _judgement(kind: str) -> str:
-    if kind in UNUSABLE:
-        return "unusable"
-    return "to be judged" if kind in DOUBTFUL else "converted on reading"
-
-
-def _balance(counts: dict[str, int]) -> tuple[str, str]:
-    if not counts:
-        return "-", "-"
-    low, high = min(counts, key=lambda c: counts[c]), max(counts, key=lambda c: counts[c])
-    if counts[low] == counts[high]:
-        return f"{len(counts):,}", f"{counts[low]:,} each"
-    return f"{len(counts):,}", f"{counts[low]:,} ({low}) to {counts[high]:,} ({high})"
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count} B"
+def _class_in(config: Path) -> str:
+    """The name of the class of a config's source."""
+    source = _source_in(config)
+    path = source if isinstance(source, str) else source["class_path"]
+    return str(path).rpartition(".")[2]

@@ -1,64 +1,74 @@
 """The LightningDataModule: paired views for training, clean views for evaluation.
 
-Symbols: B images of this rank's batch, V views, C channels, S side of a view.
+Symbols: B samples of this rank's batch, V views, C channels, S side of a view.
 """
 
 from collections.abc import Callable
-from threading import Timer
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from simclr_pl.augment import Augment
-from simclr_pl.cpu import recycled
-from simclr_pl.crop_kernels import crop_rows, is_small, resize
-from simclr_pl.data.batches import Batch, BatchDataset, Loader, Views, to_tensors, with_floats
+from simclr_pl.augmentation import Augmentation
+from simclr_pl.crop_kernels import is_small
+from simclr_pl.data.batches import (
+    Batch,
+    BatchDataset,
+    SampleBatches,
+    Views,
+    with_floats,
+)
+from simclr_pl.data.image_batches import ImageBatches
+from simclr_pl.data.image_stage import ImageStage, warm_up
 from simclr_pl.data.labels import labelled_part
+from simclr_pl.data.loader import Loader
 from simclr_pl.data.position import check_order, next_position, steps_done
 from simclr_pl.data.resident import fits_on_device, hold
 from simclr_pl.data.sampler import EvaluationSampler, KeyedSampler
 from simclr_pl.data.sources import Images, ResidentImages, Source, as_source
-from simclr_pl.data.unreadable import note
+from simclr_pl.data.unreadable import note, say_converted
 from simclr_pl.data.workers import cores
 from simclr_pl.errors import InputError
-from simclr_pl.image_operations import crop_resize, to_float
 
 
 class ContrastiveDataModule(LightningDataModule):
     """Paired augmented views of one source, and clean views for evaluation.
 
-    Training batches are ``views`` (V*B, C, S, S) float, all of view 0 first, ``label`` (B,) and ``index``
-    (B,); with small views also ``small_views``, of their own size. Every view is a pure function of
+    Training batches are ``views`` (V*B, ...), all of view 0 first, ``label`` (B,) and ``index`` (B,);
+    with small views also ``small_views``, of their own size. Views of images are (V*B, C, S, S) float;
+    those of other samples are what their augmentation makes. Every view is a pure function of
     (seed, epoch, index, view), whatever the number of ranks and workers. Validation has two loaders of
-    clean views (B, C, S, S), ``bank`` and ``query``; there, rows with index -1 are padding.
+    clean views (B, ...), ``bank`` and ``query``; there, rows with index -1 are padding.
 
-    An image that cannot be read is reported once, with its path. In training another image takes its
+    A sample that cannot be read is reported once, with its path. In training another one takes its
     place, one that is not in the global batch; in evaluation it is left out.
 
     Args:
-        source: where the images come from, e.g. `Digits`, `CIFAR10`, `ImageFolder` or `Shards`; from
-            Python also any `Dataset` with a length.
-        global_batch_size: images (not views) of one step over all ranks.
-        n_views: views of each image; contrastive training needs two or more.
+        source: where the samples come from, e.g. `Digits`, `CIFAR10`, `ImageFolder` or `Shards`; from
+            Python also any `Dataset` of images with a length.
+        global_batch_size: samples (not views) of one step over all ranks.
+        n_views: views of each sample; contrastive training needs two or more.
         n_small_views: further, smaller views of each image (multi-crop).
         augment: the augmentation; by default the source's own.
         small_augment: that of the small views; by default `Augment.small` of ``augment``.
-        seed: fixes the order of the images and every random choice about them.
+        replace_probability: simulated data: probability that the second view of a sample shows
+            another sample of the same global batch, augmented in a way of its own. Batches then hold
+            ``ids`` (V, B), the sample that each view shows, and the loss takes views of one sample for
+            positives, wherever they stand, and leaves out those that have none.
+        seed: fixes the order of the samples and every random choice about them.
         num_workers: loader processes on each rank; by default one for each core that the rank has,
             none for sets that live in memory.
-        resident: "memory" decodes the set once and keeps it there, "device" on the accelerator, "none"
-            reads each image when it is needed; "auto" keeps images of one size that take less than a
-            quarter of the free memory, on the accelerator if less than a quarter of its own.
-        bank_size: labelled training images in the bank at most.
-        eval_batch_size: images of an evaluation batch on each rank.
-        max_bad_fraction: share of images that cannot be read, above which the run stops.
+        resident: of images: "memory" decodes the set once and keeps it there, "device" on the
+            accelerator, "none" reads each image when it is needed; "auto" keeps images of one size that
+            take less than a quarter of the free memory, on the accelerator if less than a quarter of its
+            own.
+        bank_size: labelled training samples in the bank at most.
+        eval_batch_size: samples of an evaluation batch on each rank.
+        max_bad_fraction: share of samples that cannot be read, above which the run stops.
 
     Raises:
-        InputError: see `setup`; a number out of its range; too many unreadable images.
+        InputError: see `setup`; a number out of its range; too many unreadable samples.
     """
 
     def __init__(
@@ -67,8 +77,9 @@ class ContrastiveDataModule(LightningDataModule):
         global_batch_size: int = 256,
         n_views: int = 2,
         n_small_views: int = 0,
-        augment: Augment | None = None,
-        small_augment: Augment | None = None,
+        augment: Augmentation | None = None,
+        small_augment: Augmentation | None = None,
+        replace_probability: float = 0.0,
         seed: int = 0,
         num_workers: int | None = None,
         resident: Literal["auto", "memory", "device", "none"] = "auto",
@@ -82,7 +93,10 @@ class ContrastiveDataModule(LightningDataModule):
         self.n_views = n_views
         self.n_small_views = n_small_views
         self.augment = augment or self.source.default_augment()
-        self.small_augment = small_augment or self.augment.small()
+        self.small_augment = small_augment or (
+            self.augment.small() if n_small_views else self.augment
+        )
+        self.replace_probability = replace_probability
         self.seed = seed
         self.num_workers = num_workers
         self.resident = resident
@@ -95,9 +109,17 @@ class ContrastiveDataModule(LightningDataModule):
                 raise InputError(
                     f"`{name}` must be >= {least}; got {getattr(self, name)}. Set `data.{name}`."
                 )
+        if not 0 <= replace_probability <= 1 or (
+            replace_probability and min(n_views, global_batch_size) < 2
+        ):
+            raise InputError(
+                "`replace_probability` must be within [0, 1], and 0 where there are less than two views "
+                f"or samples; got {replace_probability} for {n_views} views of {global_batch_size} "
+                "samples. Set `data.replace_probability`."
+            )
         self.unreadable: dict[str, str] = {}  # name and reason, each reported once
         self._sets: dict[str, Images] = {}
-        self._on_device: dict[int, Tensor] = {}
+        self._image_stage = ImageStage()
 
     # Opening the source.
 
@@ -110,14 +132,17 @@ class ContrastiveDataModule(LightningDataModule):
 
         Raises:
             InputError: the source cannot be opened, the global batch does not divide by the ranks,
-                or the set has fewer images than one global batch.
+                or the set has fewer samples than one global batch.
         """
         if not self._sets:
-            self._warm_up()
+            if self._is_of_images:
+                warm_up(self._views("train"), self.source.channels, self._device)
             self.source.open()
+            self._check_augment()
             sets = {name: getattr(self.source, name) for name in ("train", "bank", "query")}
+            self._report_opening(sum(map(len, sets.values())))
             held = sets
-            if self.resident != "none":
+            if self._is_of_images and self.resident != "none":
                 held = hold(
                     sets,
                     self.resident != "auto",
@@ -133,33 +158,36 @@ class ContrastiveDataModule(LightningDataModule):
                 f"{self.global_batch_size} for {self._world_size} ranks. Set `data.global_batch_size` to "
                 f"{-(-self.global_batch_size // self._world_size) * self._world_size}."
             )
-        count = len(self.images("train"))
+        count = len(self.samples("train"))
         if stage == "fit" and count < self.global_batch_size:
+            unit = self.source.unit
             raise InputError(
-                f"the training set must hold at least one global batch; got {count} images for "
+                f"the training set must hold at least one global batch; got {count} {unit} for "
                 f"`global_batch_size` {self.global_batch_size}. Set `data.global_batch_size` to at most "
-                f"{count}, or give more images."
+                f"{count}, or give more {unit}."
             )
 
-    def _warm_up(self) -> None:
-        """Compiles the CPU's kernels, or loads them, before the first step and before workers start."""
-        text = "Compiling the kernels for the CPU; later runs load them."
-        late = Timer(2.0, rank_zero_info, [text])
-        late.start()
-        try:
-            for views in self._views("train"):
-                size, channels = views.augment.size, self.source.channels
-                images = np.zeros((1, views.n_views, size, size, channels), np.uint8)
-                crops = np.array([[[0, 0, 2, 3, 0]]])
-                crop_rows(np.zeros((1, 2, 3, channels), np.uint8), np.zeros(1, int), crops, images)
-                resize(np.zeros((2, 3, channels), np.uint8), size, size, False, images[0, 0])
-                if self._device.type == "cpu":
-                    table = to_tensors(views.augment.draw(0, 0, np.arange(1), views.n_views))
-                    views.augment.apply(torch.from_numpy(images).permute(0, 1, 4, 2, 3), table)
-        finally:
-            late.cancel()
+    def _check_augment(self) -> None:
+        own = self.source.default_augment()
+        if self._is_of_images and not isinstance(own, Augment):
+            raise InputError(
+                f"`augment` must make views of {self.source.unit}; got {type(self.augment).__name__}, "
+                f"which is for images. Set `data.augment` to null, for {type(own).__name__}."
+            )
 
-    def images(self, name: str) -> Images:
+    @property
+    def _is_of_images(self) -> bool:
+        return isinstance(self.augment, Augment)
+
+    def _report_opening(self, total: int) -> None:
+        """Says once, on one rank, what opening the source found."""
+        if self._rank == 0:
+            say_converted(self.source.converted)
+        left_out = self.source.left_out
+        total += len(left_out)
+        note(self.unreadable, left_out, total, self.max_bad_fraction, quiet=self._rank > 0)
+
+    def samples(self, name: str) -> Images:
         """The open set "train", "bank" or "query". After `setup`."""
         return self._sets[name]
 
@@ -172,18 +200,18 @@ class ContrastiveDataModule(LightningDataModule):
     @property
     def train_is_labelled(self) -> bool:
         """Whether any training image has a label. After `setup`."""
-        return bool((self.images("train").labels >= 0).any())
+        return bool((self.samples("train").labels >= 0).any())
 
     def describe(self) -> str:
-        """One line on the images, for the start of a run. After `setup`."""
+        """One line on the samples, for the start of a run. After `setup`."""
         parts = [f"{len(images):,} {name}" for name, images in self._sets.items()]
-        train = self.images("train")
+        train = self.samples("train")
         workers = self._workers("train")
         where = f"read by {workers} workers" if workers else "read as they are needed"
         if isinstance(train, ResidentImages):
             place = f"on {self._device}" if self._crops_on_device(train) else "in memory"
             where = f"{train.pixels.nbytes / 2**20:,.0f} MiB resident {place}"
-        return f"{type(self.source).__name__}: {', '.join(parts)} images, {where}"
+        return f"{type(self.source).__name__}: {', '.join(parts)} {self.source.unit}, {where}"
 
     @property
     def _world_size(self) -> int:
@@ -211,7 +239,7 @@ class ContrastiveDataModule(LightningDataModule):
     def train_dataloader(self) -> Loader:
         """Global batches in the keyed order, this rank's slice of each."""
         sampler = KeyedSampler(
-            len(self.images("train")),
+            len(self.samples("train")),
             self.global_batch_size,
             self.seed,
             self._rank,
@@ -220,7 +248,7 @@ class ContrastiveDataModule(LightningDataModule):
         return self._loader("train", sampler, lambda: steps_done(self.trainer))
 
     def val_dataloader(self) -> list[Loader]:
-        """The clean views of the bank and of the query images."""
+        """The clean views of the bank and of the query."""
         return [self._clean_loader("bank"), self._clean_loader("query")]
 
     def test_dataloader(self) -> list[Loader]:
@@ -228,12 +256,12 @@ class ContrastiveDataModule(LightningDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> Loader:
-        """The clean views of the query images."""
+        """The clean views of the query."""
         return self._clean_loader("query")
 
     def _clean_loader(self, name: str) -> Loader:
         sampler = EvaluationSampler(
-            len(self.images(name)), self.eval_batch_size, self._rank, self._world_size
+            len(self.samples(name)), self.eval_batch_size, self._rank, self._world_size
         )
         return self._loader(name, sampler)
 
@@ -243,15 +271,16 @@ class ContrastiveDataModule(LightningDataModule):
         sampler: KeyedSampler | EvaluationSampler,
         first_step: Callable[[], int] | None = None,
     ) -> Loader:
-        images = self.images(name)
-        dataset = BatchDataset(
-            images,
-            self._views(name),
-            self.seed,
-            self.source.channels,
-            sampler if isinstance(sampler, KeyedSampler) else None,
-            self._crops_on_device(images),
-        )
+        images, order = self.samples(name), sampler if isinstance(sampler, KeyedSampler) else None
+        p = self.replace_probability if order else 0.0
+        dataset: BatchDataset
+        if self._is_of_images:
+            on_device = self._crops_on_device(images)
+            dataset = ImageBatches(
+                images, self._views(name), self.seed, self.source.channels, order, on_device, p
+            )
+        else:
+            dataset = SampleBatches(images, self._views(name), self.seed, order, p)
         workers = self._workers(name)
         dataset.make_room(sampler.batch_size, workers)
         return Loader(dataset, first_step, sampler=sampler, num_workers=workers)
@@ -269,7 +298,7 @@ class ContrastiveDataModule(LightningDataModule):
         if not isinstance(images, ResidentImages):
             return False
         if self._device.type == "cpu":  # larger views are cut one by one, by the loader
-            return all(is_small(views.augment.size) for views in self._views("train"))
+            return all(is_small(v.augment.size) for v in self._views("train"))  # type: ignore[attr-defined]
         return self.resident == "device" or (
             self.resident == "auto" and fits_on_device(images, self._device)
         )
@@ -277,7 +306,7 @@ class ContrastiveDataModule(LightningDataModule):
     def _workers(self, name: str) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        images = self.images(name)
+        images = self.samples(name)
         # Sets in memory are quick to crop; on the CPU workers would only take the model's cores.
         if self._crops_on_device(images) or (
             isinstance(images, ResidentImages) and self._device.type == "cpu"
@@ -304,41 +333,25 @@ class ContrastiveDataModule(LightningDataModule):
             name: "train", "bank" or "query".
 
         Returns:
-            ``views`` (V*B, C, S, S) float32, ``label`` (B,) and ``index`` (B,) int64; with small views
-            also ``small_views``.
+            ``views`` (V*B, ...), of images (V*B, C, S, S) float32, ``label`` (B,) and ``index`` (B,)
+            int64; with small views also ``small_views``; where views may be replaced also ``ids``
+            (V, B) and ``row_label`` (V*B,) int64, of the views of all sizes.
 
         Raises:
-            InputError: more than ``max_bad_fraction`` of the images cannot be read.
+            InputError: more than ``max_bad_fraction`` of the samples cannot be read.
         """
-        total = len(self.images("train")) + len(self.images("query"))
+        total = len(self.samples("train")) + len(self.samples("query"))
         note(self.unreadable, batch.get("unreadable", ()), total, self.max_bad_fraction)
-        result = {"label": batch["label"], "index": batch["index"]}
+        result: Batch = {
+            key: batch[key] for key in ("label", "index", "ids", "row_label") if key in batch
+        }
         groups = zip(("views", "small_views"), batch["groups"], self._views(name), strict=False)
         for key, group, views in groups:
-            images = group.get("images")  # (B, V, C, S, S) uint8
-            if images is None:
-                images = self._crop(name, batch["index"], group["crops"], views.augment.size)
-            if "table" in group:
-                result[key] = views.augment.apply(images, with_floats(group["table"]))
+            if isinstance(views.augment, Augment):
+                result[key] = self._image_stage(self.samples(name), batch, group, views)
             else:
-                result[key] = views.augment.normalise(to_float(images[:, 0]))
+                result[key] = views.augment.finish(with_floats(group))
         return result
-
-    def _crop(self, name: str, index: Tensor, crops: Tensor, size: int) -> Tensor:
-        """Crops (B, V, C, S, S) of resident images; padding shows the first one."""
-        images = self.images(name)
-        assert isinstance(images, ResidentImages)
-        index = index.clamp(min=0)
-        if index.device.type == "cpu" and is_small(size):
-            pixels = images.pixels.permute(0, 2, 3, 1).numpy()  # (M, H, W, C)
-            out = recycled((*crops.shape[:2], size, size, pixels.shape[3]), np.uint8)
-            crop_rows(pixels, index.numpy(), crops.numpy(), out)
-            return torch.from_numpy(out).permute(0, 1, 4, 2, 3)
-        key = images.pixels.data_ptr()  # the bank may be the training set: moved once
-        held = self._on_device.get(key)
-        if held is None or held.device != index.device:
-            held = self._on_device[key] = images.pixels.to(index.device)
-        return crop_resize(held[index], crops, size)
 
     # Checkpoints.
 
@@ -362,8 +375,9 @@ class ContrastiveDataModule(LightningDataModule):
     @property
     def _order(self) -> dict[str, int]:
         """What fixes the global batches of an epoch, whatever the number of ranks."""
+        # (`images` is what checkpoints call the number of samples)
         return {
-            "images": len(self.images("train")),
+            "images": len(self.samples("train")),
             "global_batch_size": self.global_batch_size,
             "seed": self.seed,
         }

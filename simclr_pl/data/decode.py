@@ -36,7 +36,7 @@ _ORIENTED: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by the EXIF stan
 }
 
 
-class UnreadableImage(InputError):  # noqa: N818 (names a state of the data, not of the program)
+class UnreadableSample(InputError):  # noqa: N818 (names a state of the data, not of the program)
     """One image cannot be used; the message says why, without the image's name."""
 
 
@@ -45,7 +45,7 @@ class Picture(NamedTuple):
 
     Attributes:
         height, width: in pixels, upright.
-        pixels: returns (H, W, C) uint8; raises `UnreadableImage`. With ``reuse=True`` the array
+        pixels: returns (H, W, C) uint8; raises `UnreadableSample`. With ``reuse=True`` the array
             may be overwritten when this thread decodes another image.
     """
 
@@ -68,7 +68,7 @@ def open_picture(data: bytes, channels: int, max_pixels: int = MAX_PIXELS) -> Pi
         max_pixels: H * W at most, a guard against decompression bombs.
 
     Raises:
-        UnreadableImage: no known format, or more than ``max_pixels``.
+        UnreadableSample: no known format, or more than ``max_pixels``.
     """
     if data[:2] == b"\xff\xd8":
         try:
@@ -87,7 +87,7 @@ def open_picture(data: bytes, channels: int, max_pixels: int = MAX_PIXELS) -> Pi
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:
     if height * width > max_pixels:
-        raise UnreadableImage(
+        raise UnreadableSample(
             f"{width} x {height} pixels are more than `max_pixels` {max_pixels:,}"
         )
 
@@ -99,7 +99,7 @@ def _decode_jpeg(
         room = scratch(shape, "pixels") if reuse else None
         pixels = _strictly(data, "RGB" if shape[2] == 3 else "GRAY", room)
     except ValueError as error:
-        raise UnreadableImage(str(error)) from error
+        raise UnreadableSample(str(error)) from error
     if orientation in _ORIENTED:
         pixels = np.ascontiguousarray(_ORIENTED[orientation](pixels))
     return pixels
@@ -144,7 +144,7 @@ def _open_by_pillow(data: bytes, channels: int, max_pixels: int) -> Picture:
     try:
         image = _identified(data)
     except Exception as error:  # on damaged files Pillow also raises SyntaxError, ValueError, ...
-        raise UnreadableImage(_reason(error)) from error
+        raise UnreadableSample(_reason(error)) from error
     width, height = image.size
     _check_size(height, width, max_pixels)
     orientation = _pillow_orientation(image, data)
@@ -160,7 +160,7 @@ def _identified(data: bytes) -> Image.Image:
         factory, accepts = Image.OPEN.get(name, (None, None))
         if factory and accepts and accepts(data[:16]) is True:
             return factory(io.BytesIO(data), "")
-    raise UnreadableImage("of no known image format" if data else "the file is empty")
+    raise UnreadableSample("of no known image format" if data else "the file is empty")
 
 
 def _pillow_orientation(image: Image.Image, data: bytes) -> int:
@@ -176,7 +176,7 @@ def _decode_by_pillow(
     try:
         pixels = _pixels_of(image, channels)
     except Exception as error:
-        raise UnreadableImage(_reason(error)) from error
+        raise UnreadableSample(_reason(error)) from error
     if orientation in _ORIENTED:
         pixels = np.ascontiguousarray(_ORIENTED[orientation](pixels))
     return pixels
@@ -190,7 +190,7 @@ def _pixels_of(image: Image.Image, channels: int) -> np.ndarray:
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise UnreadableImage(
+        raise UnreadableSample(
             f"Pillow's mode {image.mode!r} has a range that is unknown; convert it to 8 bits a channel"
         )
     if "transparency" in image.info:  # else Pillow warns, or mixes the key colour in
@@ -211,7 +211,7 @@ def to_pixels(image: Any, channels: int) -> np.ndarray:
 
     Raises:
         InputError: another type, dtype or shape.
-        UnreadableImage: no pixels at all.
+        UnreadableSample: no pixels at all.
     """
     if isinstance(image, Image.Image):
         return _decode_by_pillow(image, channels, 1)
@@ -225,7 +225,7 @@ def to_pixels(image: Any, channels: int) -> np.ndarray:
         )
     array = image if image.ndim == 3 else image[..., None]
     if not array.size:
-        raise UnreadableImage(f"it has no pixels but the shape {image.shape}")
+        raise UnreadableSample(f"it has no pixels but the shape {image.shape}")
     if array.shape[2] == 1 and channels == 3:
         array = np.repeat(array, 3, 2)
     if array.shape[2] != channels:

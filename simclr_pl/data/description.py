@@ -1,6 +1,6 @@
 """What a set holds, and the mean and standard deviation of its pixels.
 
-Symbols: M images in a set, C channels, H x W pixels of an image.
+Symbols: M samples in a set, C channels, H x W pixels of an image.
 """
 
 import os
@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simclr_pl.data.decode import UnreadableImage
+from simclr_pl.data.decode import UnreadableSample
 from simclr_pl.data.folders import FileReader
 from simclr_pl.data.shards import is_packed, load_index
-from simclr_pl.data.sources import Images, ResidentImages, Source
+from simclr_pl.data.sources import Images, ResidentImages, Source, StoredSamples
 from simclr_pl.data.sweep import Bar, read, splits_of, sweep
+from simclr_pl.durable import publish, temporary_of
 from simclr_pl.errors import InputError
 from simclr_pl.keyed_random import Stream, permutation
 
@@ -36,6 +37,11 @@ class Moments(NamedTuple):
     images: int
     pixels: int
     unreadable: int
+
+    def lines(self) -> list[str]:
+        """``mean`` and ``std`` as YAML, with four digits."""
+        named = {"mean": self.mean, "std": self.std}
+        return [f"{k}: [{', '.join(f'{x:.4f}' for x in values)}]" for k, values in named.items()]
 
 
 def moments(
@@ -82,11 +88,34 @@ def moments(
     )
 
 
+def write_moments(file: Path, found: Moments, head: list[str]) -> None:
+    """Writes a config of ``mean`` and ``std`` alone, without an augmentation's name.
+
+    `simclr fit` puts the arguments of a later config into the class of an earlier one, whichever that is.
+
+    Args:
+        file: is replaced, if there is one.
+        found: what to write.
+        head: comments.
+
+    Raises:
+        InputError: a channel is the same in all pixels.
+    """
+    if min(found.std) < 5e-5:
+        raise InputError(
+            f"every channel must vary, as its deviation divides it; got std {found.std}. Check the "
+            "source with `simclr data check`."
+        )
+    lines = ["data:", "  augment:", "    init_args:", *(f"      {line}" for line in found.lines())]
+    temporary_of(file).write_text("\n".join([*head, *lines]) + "\n")
+    publish(temporary_of(file), file)
+
+
 def _sums(images: Images, i: int) -> np.ndarray | None:
     """(3, C) int64: number, sum and sum of squares of the pixels of each channel."""
     try:
         pixels = read(images, i)[1].pixels(reuse=True)
-    except UnreadableImage:
+    except UnreadableSample:
         return None
     values = np.arange(256)
     planes = np.moveaxis(pixels, 2, 0)
@@ -107,9 +136,9 @@ class Contents:
     Attributes:
         images: their number.
         classes: with at least one image; 0 without labels.
-        bytes: of all images as stored; None where that would mean reading them all.
+        bytes: of all samples as stored; None where that would mean reading them all.
         median_bytes: of a sample.
-        median_size: width and height in pixels, of a sample; None if none of it is readable.
+        median_size: width and height of images in pixels, of a sample; None if none of it is readable.
     """
 
     images: int
@@ -133,8 +162,10 @@ def contents(source: Source, workers: int | None = None) -> dict[str, Contents]:
     index = load_index(Path(root)) if root is not None and is_packed(Path(root)) else None
     for split, images in splits_of(source).items():
         sample = _sample(len(images), _SAMPLE, 0)
-        rows = [row for row in sweep(images, _head, sample, workers) if row is not None]
+        work = _head if source.unit == "images" else _length
+        rows = [row for row in sweep(images, work, sample, workers) if row is not None]
         sizes = np.array(rows).reshape(-1, 3)
+        has_size = bool(rows) and source.unit == "images"
         labelled = images.labels[images.labels >= 0]
         if index is not None:
             total = sum(shard["bytes"] for shard in index["splits"][split])
@@ -145,7 +176,7 @@ def contents(source: Source, workers: int | None = None) -> dict[str, Contents]:
             len(np.unique(labelled)),
             total,
             int(np.median(sizes[:, 0])) if rows else 0,
-            (int(np.median(sizes[:, 1])), int(np.median(sizes[:, 2]))) if rows else None,
+            (int(np.median(sizes[:, 1])), int(np.median(sizes[:, 2]))) if has_size else None,
         )
     return found
 
@@ -154,13 +185,22 @@ def _head(images: Images, i: int) -> tuple[int, int, int] | None:
     """Bytes, width and height."""
     try:
         data, picture = read(images, i)
-    except UnreadableImage:
+    except UnreadableSample:
         return None
     channels = getattr(getattr(images, "reader", None), "channels", None)
     if isinstance(images, ResidentImages):
         channels = images.pixels.shape[1]
     raw = picture.height * picture.width * (channels or 3)
     return raw if data is None else len(data), picture.width, picture.height
+
+
+def _length(samples: Images, i: int) -> tuple[int, int, int] | None:
+    """Bytes of a sample that is no image, of its file or of its numbers; no width and no height."""
+    try:
+        data = samples.encoded(i) if isinstance(samples, StoredSamples) else None
+        return np.asarray(samples.open(i)).nbytes if data is None else len(data), 0, 0
+    except UnreadableSample:
+        return None
 
 
 def _total_bytes(images: Images) -> int | None:

@@ -1,11 +1,11 @@
-"""What is wrong with a set: unusable images, duplicates, and what else a user should know of."""
+"""What is wrong with a set: unusable samples, duplicates, and what else a user should know of."""
 
 import hashlib
 import io
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,18 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from simclr_pl.data.decode import MAX_PIXELS, UnreadableImage
+from simclr_pl.augment import Augment
+from simclr_pl.augmentation import Augmentation
+from simclr_pl.data.decode import MAX_PIXELS, UnreadableSample
 from simclr_pl.data.shards import all_shards, is_packed, load_index, sha256_of, size_problem
-from simclr_pl.data.sources import Images, Source
+from simclr_pl.data.sources import Images, Source, StoredSamples
 from simclr_pl.data.sweep import Bar, read, splits_of, sweep
 from simclr_pl.errors import InputError
 
-# What is found, from worst to harmless: unusable images fail the check.
+# What is found, from worst to harmless: unusable samples fail the check.
 UNUSABLE = ("damaged", "empty", "truncated", "too large", "unreadable")
 DOUBTFUL = ("duplicate", "tiny", "animated")
-HARMLESS = ("channels",)
+HARMLESS = ("channels", "converted")
 KINDS = UNUSABLE + DOUBTFUL + HARMLESS
 
 _DIGEST = 16  # bytes
@@ -38,19 +40,21 @@ _MODES = {
 
 
 class Finding(NamedTuple):
-    """Something to know about one image or shard.
+    """Something to know about one sample or shard.
 
     Attributes:
         kind: one of `KINDS`.
         split: "train", "query" or "bank"; empty for a shard.
         path: where it is.
         detail: what it is.
+        position: of the image in its split; -1 for a shard.
     """
 
     kind: str
     split: str
     path: str
     detail: str
+    position: int = -1
 
 
 @dataclass
@@ -58,25 +62,29 @@ class Report:
     """The outcome of `examine`.
 
     Attributes:
-        findings: by image, shards first.
-        images: number of images in each split.
-        classes: for each split with labels, the number of images of each class.
+        findings: by sample, those of the whole set and of shards first.
+        images: number of samples in each split.
+        classes: for each split with labels, the number of samples of each class.
+        digests: (M, 2) uint64 of each split, of the content; zeros for a sample that cannot be read.
+        unit: what the samples are.
     """
 
     findings: list[Finding] = field(default_factory=list)
     images: dict[str, int] = field(default_factory=dict)
     classes: dict[str, dict[str, int]] = field(default_factory=dict)
+    digests: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    unit: str = "images"
 
     @property
     def usable(self) -> bool:
-        """Whether every image can be learnt from."""
+        """Whether every sample can be learnt from."""
         return not any(finding.kind in UNUSABLE for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON file."""
         return {
             "usable": self.usable,
-            "images": self.images,
+            self.unit: self.images,
             "counts": dict(Counter(finding.kind for finding in self.findings)),
             "classes": self.classes,
             "findings": [finding._asdict() for finding in self.findings],
@@ -86,18 +94,18 @@ class Report:
 def examine(
     source: Source, tiny: int = 32, max_pixels: int = MAX_PIXELS, workers: int | None = None
 ) -> Report:
-    """Reads every image of a source, and every shard of a packed set.
+    """Reads every sample of a source, and every shard of a packed set.
 
     Args:
         source: prepared and opened here.
-        tiny: a shorter side below this is reported, in pixels.
+        tiny: a shorter side of an image below this is reported, in pixels.
         max_pixels: of one image.
         workers: processes; by default one for each core.
 
     Raises:
         InputError: the source cannot be opened, for another reason than a damaged shard.
     """
-    report = Report()
+    report = Report(unit=source.unit)
     root = getattr(source, "root", None)
     if root is not None and is_packed(Path(root)):
         report.findings.extend(_damaged_shards(Path(root)))
@@ -108,21 +116,27 @@ def examine(
         if report.findings:
             return report  # it says what is damaged
         raise
+    for name, reason in source.left_out:
+        report.findings.append(Finding(_kind_of(reason), "", name, reason))
+    for remark in source.converted:
+        report.findings.append(Finding("converted", "", type(source).__name__, remark))
+    work: Callable[[Images, int], _Examined] = partial(_examined, tiny=tiny, max_pixels=max_pixels)
+    if not isinstance(augment := source.default_augment(), Augment):
+        work = partial(_opened, augment=augment)
     splits = splits_of(source)
-    digests = {}
-    with Bar("Checking", sum(map(len, splits.values()))) as bar:
+    with Bar("Checking", sum(map(len, splits.values())), source.unit) as bar:
         for split, images in splits.items():
             report.images[split] = len(images)
             if (images.labels >= 0).any():
                 report.classes[split] = _class_counts(source, images)
-            digests[split] = np.zeros((len(images), _DIGEST // 8), np.uint64)
-            work = partial(_examined, tiny=tiny, max_pixels=max_pixels)
+            digests = np.zeros((len(images), _DIGEST // 8), np.uint64)
+            report.digests[split] = digests
             for i, (digest, found) in enumerate(bar.over(sweep(images, work, workers=workers))):
-                digests[split][i] = np.frombuffer(digest, np.uint64)
+                digests[i] = np.frombuffer(digest, np.uint64)
                 for kind, detail in found:
-                    report.findings.append(Finding(kind, split, images.name(i), detail))
+                    report.findings.append(Finding(kind, split, images.name(i), detail, i))
     splits.pop("bank", None)  # training images once more
-    report.findings.extend(_duplicates(splits, [digests[split] for split in splits]))
+    report.findings.extend(_duplicates(splits, [report.digests[split] for split in splits]))
     return report
 
 
@@ -143,18 +157,34 @@ def _class_counts(source: Source, images: Images) -> dict[str, int]:
     return {str(name): int(count) for name, count in zip(names, counts, strict=True)}
 
 
-# One image, in a worker.
+# One sample, in a worker: a digest of its content, zeros if it is unusable, and what was found.
+
+_Examined = tuple[bytes, list[tuple[str, str]]]
 
 
-def _examined(
-    images: Images, i: int, tiny: int, max_pixels: int
-) -> tuple[bytes, list[tuple[str, str]]]:
-    """A digest of the image's content, zeros if it is unusable, and what was found."""
+def _opened(samples: Images, i: int, augment: Augmentation) -> _Examined:
+    """Any sample, by what its views are made of."""
+    try:
+        data = samples.encoded(i) if isinstance(samples, StoredSamples) else None
+        sample = samples.open(i)
+        table = augment.prepare([sample], None)  # some content is not read before
+    except UnreadableSample as error:
+        return bytes(_DIGEST), [(_kind_of(str(error)), str(error))]
+    if isinstance(sample, np.ndarray):  # all of it, where a view may have a part
+        table = {"sample": sample}
+    digest = hashlib.blake2b(data or b"", digest_size=_DIGEST)
+    for name, value in sorted(table.items()) if data is None else ():
+        digest.update(f"{name} {np.shape(value)}".encode() + np.asarray(value).tobytes())
+    return digest.digest(), []
+
+
+def _examined(images: Images, i: int, tiny: int, max_pixels: int) -> _Examined:
+    """An image."""
     data = None
     try:
         data, picture = read(images, i, max_pixels)
         pixels = picture.pixels(reuse=True)
-    except UnreadableImage as error:
+    except UnreadableSample as error:
         return bytes(_DIGEST), [*_wrong_checksum(images, i), (_kind_of(str(error)), str(error))]
     found = [*_wrong_checksum(images, i, data)]
     if (shortest := min(pixels.shape[:2])) < tiny:
@@ -212,26 +242,40 @@ def _jpeg_colour(data: bytes) -> str:
     return {"YCbCr": "RGB", "Gray": "grey", "YCCK": "CMYK"}.get(colour, str(colour))
 
 
-# All images.
+# All samples.
+
+
+def groups_of(digests: np.ndarray) -> Iterator[np.ndarray]:
+    """Images of equal content.
+
+    Args:
+        digests: (n, 2) uint64; zeros are equal to none.
+
+    Returns:
+        Iterator over the rows of each content that two or more have, in ascending order.
+    """
+    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: the earliest of equals comes first
+    table = digests[order]
+    starts = np.flatnonzero(np.r_[True, (table[1:] != table[:-1]).any(1)][: len(table)])
+    sizes = np.diff(np.r_[starts, len(table)])
+    for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
+        if table[start].any():
+            yield order[start : start + size]
 
 
 def _duplicates(splits: dict[str, Images], digests: list[np.ndarray]) -> Iterator[Finding]:
-    """Every image whose content an earlier one has, also across splits."""
-    table = np.concatenate(digests)
-    order = np.lexsort((table[:, 1], table[:, 0]))  # stable: the earliest of equals comes first
-    table = table[order]
-    same = np.r_[False, (table[1:] == table[:-1]).all(1)] & table.any(1)
-    first = np.maximum.accumulate(np.where(same, 0, np.arange(len(table))))
+    """Every sample whose content an earlier one has, also across splits."""
     names, starts = list(splits), np.cumsum([0, *map(len, digests)])
-    for at in sorted(np.flatnonzero(same), key=lambda k: order[k]):
+    groups = groups_of(np.concatenate(digests))
+    for pair in sorted((int(row), int(rows[0])) for rows in groups for row in rows[1:]):
         (split, i), (original, j) = (
-            (names[k], int(position - starts[k]))
-            for position in (order[at], order[first[at]])
-            for k in [int(np.searchsorted(starts, position, "right")) - 1]
+            (names[k], int(row - starts[k]))
+            for row in pair
+            for k in [int(np.searchsorted(starts, row, "right")) - 1]
         )
         detail = f"the same bytes as {splits[original].name(j)}"
         if original != split:
             detail += f", in {original}"
         if splits[split].labels[i] != splits[original].labels[j]:
             detail += ", of another class"
-        yield Finding("duplicate", split, splits[split].name(i), detail)
+        yield Finding("duplicate", split, splits[split].name(i), detail, i)

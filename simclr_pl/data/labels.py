@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from simclr_pl.augment import Augment
+from simclr_pl.augmentation import Augmentation
 from simclr_pl.data.sources import Images, ResidentImages, Source, as_source
 from simclr_pl.errors import InputError
 from simclr_pl.keyed_random import Stream, permutation
@@ -73,14 +73,14 @@ class LabelledSubset(Source):
             )
         self.source = as_source(source)
         self.fraction, self.files, self.seed, self.keep_rest = fraction, files, seed, keep_rest
-        self.channels = self.source.channels
+        self.channels, self.unit = self.source.channels, self.source.unit
         self.missing: list[str] = []
 
     def prepare(self) -> None:
         """Downloads what the other source misses."""
         self.source.prepare()
 
-    def default_augment(self) -> Augment:
+    def default_augment(self) -> Augmentation:
         """That of the other source."""
         return self.source.default_augment()
 
@@ -88,6 +88,7 @@ class LabelledSubset(Source):
         """Opens the other source and chooses its labelled images."""
         self.source.open()
         self.channels, self.classes = self.source.channels, self.source.classes
+        self.left_out, self.converted = self.source.left_out, self.source.converted
         self.query = self.source.query
         images = self.source.train if self.keep_rest else self.source.bank
         if images.labels.max(initial=-1) < 0:

@@ -22,7 +22,7 @@ import simplejpeg
 from PIL import Image
 
 from simclr_pl.crop_kernels import resize
-from simclr_pl.data.decode import UnreadableImage
+from simclr_pl.data.decode import UnreadableSample
 from simclr_pl.data.folders import FileReader
 from simclr_pl.data.listing import fingerprint_of, path_of
 from simclr_pl.data.shards import (
@@ -39,7 +39,7 @@ from simclr_pl.data.shards import (
     write_index,
 )
 from simclr_pl.data.sources import Images, Source
-from simclr_pl.data.sweep import Bar, read, splits_of, sweep, worker_count
+from simclr_pl.data.sweep import Bar, read, require_images, splits_of, sweep, worker_count
 from simclr_pl.errors import InputError
 
 _LONGEST_JPEG = 65_500  # pixels; libjpeg's limit
@@ -79,11 +79,13 @@ def pack_source(
         What ``index.json`` holds, see `load_index`.
 
     Raises:
-        InputError: an option is out of range; ``out`` lies inside the source, or holds another pack, or
-            another process packs into it, or it cannot be written; a split has no readable image.
+        InputError: an option is out of range; there are no images; ``out`` lies inside the source, or
+            holds another pack, or another process packs into it, or it cannot be written; a split
+            has no readable image.
     """
     _check_options(short_side, quality, shard_mb)
     worker_count(workers)
+    require_images(source)
     source.prepare()
     source.open()
     out = Path(out)
@@ -92,7 +94,7 @@ def pack_source(
     try:
         with _locked(out):
             return _Job(source, out, options, _format(format), workers).run(format)
-    except OSError as error:  # what cannot be read is an UnreadableImage
+    except OSError as error:  # what cannot be read is an UnreadableSample
         raise InputError(
             f"the packed folder must be writable; got {error.strerror or error} for "
             f"'{error.filename or out}'. Make room, or give another folder."
@@ -298,7 +300,7 @@ class _Rows:
 def _packed(images: Images, i: int, short_side: int | None, quality: int) -> _Packed:
     try:
         return _Packed(i, encode(images, i, short_side, quality), "")
-    except UnreadableImage as error:
+    except UnreadableSample as error:
         return _Packed(i, None, str(error))
 
 
@@ -309,7 +311,7 @@ def encode(images: Images, i: int, short_side: int | None, quality: int) -> byte
     to shrink.
 
     Raises:
-        UnreadableImage: it cannot be used.
+        UnreadableSample: it cannot be used.
     """
     data, picture = read(images, i)
     # Also where the file is copied: what cannot be decoded is not packed.

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from simclr_pl.data.decode import UnreadableImage
-from simclr_pl.data.sources import EncodedReader, Images, ResidentImages, StoredImages
+from simclr_pl.data.decode import UnreadableSample
+from simclr_pl.data.sources import EncodedReader, Images, ResidentImages, StoredSamples
 from simclr_pl.data.sweep import Bar
 from simclr_pl.errors import InputError
 
@@ -50,7 +50,7 @@ def hold(
     return {name: held.get(id(images), images) for name, images in sets.items()}
 
 
-def fits_in_memory(images: StoredImages, channels: int, sharers: int) -> bool:
+def fits_in_memory(images: StoredSamples, channels: int, sharers: int) -> bool:
     """Whether a set seems to have images of one size, and takes little of the free memory.
 
     Args:
@@ -62,12 +62,12 @@ def fits_in_memory(images: StoredImages, channels: int, sharers: int) -> bool:
     for i in np.linspace(0, len(images) - 1, min(_PROBED, len(images))).astype(int).tolist():
         try:
             sizes.add(images.open(i)[:2])
-        except UnreadableImage:
+        except UnreadableSample:
             continue
     if len(sizes) != 1:
         return False
     height, width = sizes.pop()
-    return len(images) * height * width * channels * sharers <= _SHARE * free_memory()
+    return bool(len(images) * height * width * channels * sharers <= _SHARE * free_memory())
 
 
 def fits_on_device(images: ResidentImages, device: torch.device) -> bool:
@@ -96,7 +96,7 @@ def free_memory() -> int:
 
 
 def decode_all(
-    images: StoredImages, threads: int, progress: Callable[[int], None] = lambda n: None
+    images: StoredSamples, threads: int, progress: Callable[[int], None] = lambda n: None
 ) -> ResidentImages:
     """Decodes a whole set; what cannot be read is remembered, as black pixels.
 
@@ -116,7 +116,7 @@ def decode_all(
         for i in block:
             try:
                 one = images.open(i).pixels(reuse=True)
-            except UnreadableImage as error:
+            except UnreadableSample as error:
                 unreadable[i] = images.name(i), str(error)
                 continue
             if one.shape != first.shape:
@@ -141,6 +141,6 @@ def _first_readable(images: Images) -> np.ndarray:
     for i in range(len(images)):
         try:
             return images.open(i).pixels()
-        except UnreadableImage as error:
+        except UnreadableSample as error:
             reason = f"{images.name(i)!r}: {error}"
     raise InputError(f"a set must hold readable images; got none, last {reason}. Check the data.")

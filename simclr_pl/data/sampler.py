@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import DistributedSampler
 
-from simclr_pl.keyed_random import Stream, permutation
+from simclr_pl.keyed_random import Stream, keys, permutation, uniforms
 
 
 class Draw(NamedTuple):
@@ -92,6 +92,25 @@ class KeyedSampler(_OwnSampler):
         place = self.rank * self.batch_size + slot
         offset = (place + attempt * batch) % (count - batch)
         return int(_order(count, self.seed, epoch)[((step + 1) * batch + offset) % count])
+
+    def givers(self, draw: Draw, probability: float) -> np.ndarray:
+        """The samples of the global batch whose views stand second in the places of others.
+
+        Args:
+            draw: of this rank.
+            probability: of each place.
+
+        Returns:
+            (B,) int64 positions in the set, never the place's own; -1 where it keeps its second view.
+        """
+        batch = self.global_batch_size
+        start = draw.step * batch
+        whole = _order(self.count, self.seed, draw.epoch)[start : start + batch]
+        key = keys(self.seed, draw.epoch, Stream.REPLACE, draw.positions)
+        u = uniforms(key, 2)  # (B, 2)
+        other = (u[:, 1] * (batch - 1)).astype(np.int64)  # among the places but the own one
+        other += other >= self.rank * self.batch_size + np.arange(len(other))
+        return np.where(u[:, 0] < probability, whole[other], -1)
 
 
 class EvaluationSampler(_OwnSampler):

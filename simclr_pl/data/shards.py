@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from simclr_pl.data.decode import MAX_PIXELS
-from simclr_pl.data.sources import EncodedReader, Source, StoredImages
+from simclr_pl.data.sources import EncodedReader, Source, StoredSamples
 from simclr_pl.durable import publish, temporary_of
 from simclr_pl.errors import InputError
 
@@ -71,11 +71,11 @@ class Shards(Source):
         if "bank" in index["splits"]:
             self.bank = self._images(index["splits"]["bank"])
 
-    def _images(self, shards: list[dict[str, Any]]) -> StoredImages:
+    def _images(self, shards: list[dict[str, Any]]) -> StoredSamples:
         files = [shard["file"] for shard in shards]
         counts = [shard["count"] for shard in shards]
         reader = ShardReader(str(self.root), files, counts, self.channels, self.max_pixels)
-        return StoredImages(reader, reader.labels())
+        return StoredSamples(reader, reader.labels())
 
 
 class ShardReader(EncodedReader):

@@ -1,10 +1,10 @@
-"""Where images come from.
+"""Where samples come from: images mostly, or sounds, texts, and whatever an augmentation makes views of.
 
-A `Source` opens three sets of images: `train` for the views, `bank` (labelled training images) and
-`query` (labelled images kept out of training) for evaluation. A set is `ResidentImages`, one uint8
-tensor in memory, or `StoredImages`, read one by one.
+A `Source` opens three sets: `train` for the views, `bank` (labelled training samples) and `query`
+(labelled samples kept out of training) for evaluation. A set is `ResidentImages`, one uint8 tensor in
+memory, or `StoredSamples`, read one by one.
 
-Symbols: M images in a set, C channels, H x W pixels.
+Symbols: M samples in a set, C channels, H x W pixels.
 """
 
 from abc import ABC, abstractmethod
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from simclr_pl.augment import Augment, simclr_imagenet
-from simclr_pl.data.decode import MAX_PIXELS, Picture, UnreadableImage, open_picture, to_pixels
+from simclr_pl.augment import simclr_imagenet
+from simclr_pl.augmentation import Augmentation
+from simclr_pl.data.decode import MAX_PIXELS, Picture, UnreadableSample, open_picture, to_pixels
 from simclr_pl.errors import InputError
 from simclr_pl.keyed_random import Stream, permutation
 
@@ -26,25 +27,25 @@ SPLIT_SEED = 2002  # which images are held out is the same in every run
 
 
 class Reader(ABC):
-    """Gives access to stored images by their number."""
+    """Gives access to stored samples by their number."""
 
     @abstractmethod
     def name(self, i: int) -> str:
-        """What a message calls image ``i``, e.g. its path."""
+        """What a message calls sample ``i``, e.g. its path."""
 
     @abstractmethod
-    def open(self, i: int) -> Picture:
-        """Opens image ``i``.
+    def open(self, i: int) -> Any:
+        """Opens sample ``i``: a `Picture` of an image, else what the augmentation takes.
 
         Raises:
-            UnreadableImage: it cannot be used.
+            UnreadableSample: it cannot be used.
         """
 
     def encoded(self, i: int) -> bytes | None:
-        """The bytes of the image's file, where it has one.
+        """The bytes of the sample's file, where it has one.
 
         Raises:
-            UnreadableImage: the file cannot be read.
+            UnreadableSample: the file cannot be read.
         """
         return None
 
@@ -94,7 +95,7 @@ class ResidentImages:
     def open(self, i: int) -> Picture:
         """The image at position ``i``."""
         if i in self.unreadable:
-            raise UnreadableImage(self.unreadable[i][1])
+            raise UnreadableSample(self.unreadable[i][1])
         row = self.pixels[i].permute(1, 2, 0).numpy()  # (H, W, C)
         return Picture(row.shape[0], row.shape[1], lambda reuse=False: row)
 
@@ -109,13 +110,13 @@ class ResidentImages:
 
 
 @dataclass
-class StoredImages:
-    """Images of any size, read when needed.
+class StoredSamples:
+    """Samples of any size, read when needed.
 
     Attributes:
         reader: gives access to them.
         labels: (M,) int64, -1 where there is none.
-        index: (M,) int64, the reader's number of each image; by default 0..M-1.
+        index: (M,) int64, the reader's number of each sample; by default 0..M-1.
     """
 
     reader: Reader
@@ -126,46 +127,85 @@ class StoredImages:
         return len(self.labels)
 
     def number(self, i: int) -> int:
-        """The reader's number of the image at position ``i``."""
+        """The reader's number of the sample at position ``i``."""
         return i if self.index is None else int(self.index[i])
 
     def name(self, i: int) -> str:
-        """What a message calls the image at position ``i``."""
+        """What a message calls the sample at position ``i``."""
         return self.reader.name(self.number(i))
 
-    def open(self, i: int) -> Picture:
-        """Opens the image at position ``i``.
+    def open(self, i: int) -> Any:
+        """Opens the sample at position ``i``.
 
         Raises:
-            UnreadableImage: it cannot be used.
+            UnreadableSample: it cannot be used.
         """
         return self.reader.open(self.number(i))
 
     def encoded(self, i: int) -> bytes | None:
-        """The bytes of the image's file, where it has one.
+        """The bytes of the sample's file, where it has one.
 
         Raises:
-            UnreadableImage: the file cannot be read.
+            UnreadableSample: the file cannot be read.
         """
         return self.reader.encoded(self.number(i))
 
-    def subset(self, index: np.ndarray) -> "StoredImages":
-        """The images at ``index``, in that order."""
+    def subset(self, index: np.ndarray) -> "StoredSamples":
+        """The samples at ``index``, in that order."""
         numbers = index if self.index is None else self.index[index]
-        return StoredImages(self.reader, self.labels[index], numbers)
+        return StoredSamples(self.reader, self.labels[index], numbers)
 
 
-Images = ResidentImages | StoredImages
+Images = ResidentImages | StoredSamples
+
+
+class _InMemory(Reader):
+    """Hands out what a sequence holds."""
+
+    def __init__(self, values: Any, what: str) -> None:
+        self.values, self.what = values, what
+
+    def name(self, i: int) -> str:
+        return f"{self.what} {i}"
+
+    def open(self, i: int) -> Any:
+        return self.values[i]
+
+
+def in_memory(
+    values: Any, labels: Sequence[int] | np.ndarray, what: str = "sample"
+) -> StoredSamples:
+    """A set of what an array or a list holds, each item a sample.
+
+    Args:
+        values: M items, such as the rows of an array.
+        labels: (M,), -1 where there is none.
+        what: a message calls an item, before its number.
+
+    Raises:
+        InputError: there are not as many labels as items.
+    """
+    table = np.asarray(labels, np.int64)
+    if table.shape != (len(values),):
+        raise InputError(
+            f"there must be one label for each {what}; got {table.shape} labels for {len(values)}. "
+            "Pass `labels` of the same length, -1 where there is none."
+        )
+    return StoredSamples(_InMemory(values, what), table)
 
 
 class Source(ABC):
-    """Opens the images of a data set.
+    """Opens the samples of a data set, images unless it says otherwise.
 
     Attributes:
-        train: the images to learn from, after `open`.
-        bank: labelled training images for evaluation.
-        query: labelled images to evaluate on.
+        train: the samples to learn from, after `open`.
+        bank: labelled training samples for evaluation.
+        query: labelled samples to evaluate on.
+        channels: of images, and of what an augmentation makes look like images.
         classes: names of the classes, by label; empty where they have none.
+        unit: what messages call the samples, in the plural.
+        left_out: name and reason of what was found unusable in opening, and is in no set.
+        converted: remarks on samples that are usable after a conversion.
     """
 
     train: Images
@@ -173,6 +213,9 @@ class Source(ABC):
     query: Images
     channels: int = 3
     classes: Sequence[str] = ()
+    unit: str = "images"
+    left_out: Sequence[tuple[str, str]] = ()
+    converted: Sequence[str] = ()
 
     def prepare(self) -> None:  # noqa: B027 (most sources have nothing to fetch)
         """Downloads what is missing; called on one rank only."""
@@ -181,13 +224,13 @@ class Source(ABC):
     def open(self) -> None:
         """Fills `train`, `bank` and `query`."""
 
-    def default_augment(self) -> Augment:
+    def default_augment(self) -> Augmentation:
         """The augmentation used when none is configured."""
         return simclr_imagenet()
 
 
 def held_out(count: int, fraction: float) -> np.ndarray:
-    """(M,) bool: the share of the images kept for evaluation, the same in every run."""
+    """(M,) bool: the share of the samples kept for evaluation, the same in every run."""
     kept = np.zeros(count, bool)
     kept[permutation(count, SPLIT_SEED, Stream.SPLIT)[: max(1, round(fraction * count))]] = True
     return kept
@@ -229,7 +272,7 @@ class DatasetSource(Source):
         self.train = self.bank = everything.subset(np.flatnonzero(~kept))
         self.query = everything.subset(np.flatnonzero(kept))
 
-    def _images(self, dataset: Any, labels: Sequence[int] | None) -> StoredImages:
+    def _images(self, dataset: Any, labels: Sequence[int] | None) -> StoredSamples:
         labels = _labels_of(dataset) if labels is None else labels
         count = len(dataset)
         if count == 0:
@@ -240,7 +283,7 @@ class DatasetSource(Source):
                 f"there must be one label for each image; got {table.shape} labels for {count} "
                 "images. Pass `labels` of the same length."
             )
-        return StoredImages(_ItemReader(dataset, self.channels), table.astype(np.int64))
+        return StoredSamples(_ItemReader(dataset, self.channels), table.astype(np.int64))
 
 
 class _ItemReader(Reader):
@@ -256,7 +299,7 @@ class _ItemReader(Reader):
         try:
             item = self.dataset[i]
         except Exception as error:  # a user's code, on a damaged file: any kind
-            raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+            raise UnreadableSample(f"{type(error).__name__}: {error}") from error
         pixels = to_pixels(item[0] if isinstance(item, (tuple, list)) else item, self.channels)
         return Picture(pixels.shape[0], pixels.shape[1], lambda reuse=False: pixels)
 

@@ -26,7 +26,7 @@ from simclr_pl.data.shards import (
     check_sizes,
     load_index,
 )
-from simclr_pl.data.sources import EncodedReader, Source, StoredImages
+from simclr_pl.data.sources import EncodedReader, Source, StoredSamples
 from simclr_pl.durable import publish, temporary_of
 from simclr_pl.errors import InputError
 
@@ -100,9 +100,9 @@ class StreamedShards(Source):
         self.train, self.query = sets["train"], sets["query"]
         self.bank = sets.get("bank", self.train)
 
-    def _images(self, store: "_Store", split: str, shards: list[dict[str, Any]]) -> StoredImages:
+    def _images(self, store: "_Store", split: str, shards: list[dict[str, Any]]) -> StoredSamples:
         labels = np.load(store.fetch(_LABELS_OF.format(split)))
-        return StoredImages(ChunkReader(store, shards, self.channels, self.max_pixels), labels)
+        return StoredSamples(ChunkReader(store, shards, self.channels, self.max_pixels), labels)
 
 
 def _within(folder: str, name: str) -> str:

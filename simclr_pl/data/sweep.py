@@ -1,6 +1,6 @@
-"""One pass over a set of images: in worker processes, in order, with a bar on the terminal.
+"""One pass over a set: in worker processes, in order, with a bar on the terminal.
 
-Symbols: M images in a set.
+Symbols: M samples in a set.
 """
 
 import time
@@ -23,13 +23,15 @@ from rich.text import Text
 from torch.utils.data import DataLoader, Dataset
 
 from simclr_pl.data.decode import Picture, open_picture
-from simclr_pl.data.sources import EncodedReader, Images, Source, StoredImages
+from simclr_pl.data.sources import EncodedReader, Images, Source, StoredSamples
 from simclr_pl.data.workers import cores, settle
 from simclr_pl.errors import InputError
 
 T = TypeVar("T")
 
-_TASK = 32  # images that a worker takes at a time: 2,000 such messages a second cross to the parent
+_TASK = (
+    32  # samples that a worker takes at a time: 2,000 such messages a second cross to the parent
+)
 
 
 def worker_count(workers: int | None) -> int:
@@ -43,6 +45,19 @@ def worker_count(workers: int | None) -> int:
     if workers < 0:
         raise InputError(f"`workers` must be >= 0; got {workers}. Leave it out to use all cores.")
     return workers
+
+
+def require_images(source: Source) -> None:
+    """Checks that a source has images.
+
+    Raises:
+        InputError: it has other samples.
+    """
+    if source.unit != "images":
+        raise InputError(
+            f"`src` must hold images; got {source.unit}, of {type(source).__name__}. Train from it as it "
+            "is; `simclr data check` names what cannot be used."
+        )
 
 
 def splits_of(source: Source) -> dict[str, Images]:
@@ -62,9 +77,9 @@ def read(images: Images, i: int, max_pixels: int | None = None) -> tuple[bytes |
         max_pixels: overrides the reader's own limit.
 
     Raises:
-        UnreadableImage: it cannot be used.
+        UnreadableSample: it cannot be used.
     """
-    data = images.encoded(i) if isinstance(images, StoredImages) else None
+    data = images.encoded(i) if isinstance(images, StoredSamples) else None
     if data is not None and isinstance(reader := images.reader, EncodedReader):  # type: ignore[union-attr]
         return data, open_picture(data, reader.channels, max_pixels or reader.max_pixels)
     return data, images.open(i)
@@ -76,12 +91,12 @@ def sweep(
     positions: Sequence[int] | np.ndarray | None = None,
     workers: int | None = None,
 ) -> Iterator[T]:
-    """Applies ``work`` to images, in their order.
+    """Applies ``work`` to samples, in their order.
 
     Args:
         images: the set.
         work: takes the set and a position; must be picklable and raise nothing but `InputError`.
-        positions: which images; by default all.
+        positions: which samples; by default all.
         workers: processes; by default one for each core, 0 for none.
 
     Returns:
@@ -138,7 +153,7 @@ class Bar:
 
     Args:
         text: what is being done.
-        total: number of images.
+        total: number of samples.
         unit: what is counted, if not images.
         hidden: show nothing, e.g. on all ranks but one.
     """
@@ -167,7 +182,7 @@ class Bar:
         self._progress.stop()
 
     def advance(self, count: int = 1) -> None:
-        """Counts images as done."""
+        """Counts samples as done."""
         self._waiting += count
         if not self._hidden and (now := time.monotonic()) > self._shown + 0.05:  # it costs 10 us
             self._progress.advance(self._task, self._waiting)

@@ -2,12 +2,14 @@
 
 import io
 import logging
+import math
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from simclr_pl.augment import Augment
 from simclr_pl.errors import InputError
 from simclr_pl.training_cli import SimCLRCLI
 
@@ -70,8 +72,27 @@ def _is_of_devices(error: Exception) -> bool:
     return isinstance(error, MisconfigurationException)
 
 
-def rows_of(cli: Configured) -> list[tuple[int, int]]:
-    """Number and side in pixels of an image's views, for each size of views."""
+class Kind(NamedTuple):
+    """Views of one size.
+
+    Attributes:
+        number: of each sample.
+        shape: of one.
+        highest: of the numbers where these are tokens; None for floats.
+    """
+
+    number: int
+    shape: tuple[int, ...]
+    highest: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of all views of a sample, as the encoder gets them."""
+        return self.number * math.prod(self.shape) * (4 if self.highest is None else 8)
+
+
+def kinds_of(cli: Configured, channels: int) -> list[Kind]:
+    """The views of an image, by size; empty for other samples, whose views are to be made to be known."""
     data: Any = cli.datamodule
-    views = [(data.n_views, data.augment.size)]
-    return [*views, (data.n_small_views, data.small_augment.size)] if data.n_small_views else views
+    found = [(data.n_views, data.augment), (data.n_small_views, data.small_augment)]
+    return [Kind(n, (channels, a.size, a.size)) for n, a in found if n and isinstance(a, Augment)]

@@ -1,6 +1,6 @@
 """What a run will do: steps, learning rate, time, disk.
 
-Symbols: B images of a rank's batch, V views.
+Symbols: B samples of a rank's batch, V views.
 """
 
 import math
@@ -35,9 +35,9 @@ class Length(NamedTuple):
     warmup: int
 
 
-def length_of(trainer: Any, model: Any, images: int, global_batch_size: int) -> Length:
-    """The length of a run on ``images`` training images, as Lightning and `SimCLR` count it."""
-    batches = images // global_batch_size
+def length_of(trainer: Any, model: Any, samples: int, global_batch_size: int) -> Length:
+    """The length of a run on so many training samples, as Lightning and `SimCLR` count it."""
+    batches = samples // global_batch_size
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     per_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
@@ -50,20 +50,20 @@ def length_of(trainer: Any, model: Any, images: int, global_batch_size: int) -> 
     return Length(min(limits, default=None), per_epoch, warmup)  # type: ignore[type-var]
 
 
-def rate_line(length: Length, model: Any, images_per_update: int, about: dict[str, Any]) -> Line:
+def rate_line(length: Length, model: Any, per_update: int, about: dict[str, Any]) -> Line:
     """The learning rate after scaling, and its schedule.
 
     Args:
         length: of the run.
         model: the `SimCLR`.
-        images_per_update: of all ranks and accumulated batches.
+        per_update: of all ranks and accumulated batches.
         about: ``optimizer`` and its base ``rate``, from `simclr_pl.doctor.step.measure`.
     """
-    factor = lr_factor(model.lr_scaling, images_per_update)
+    factor = lr_factor(model.lr_scaling, per_update)
     rate = about["rate"] * factor
     text = f"{about['optimizer']}, peak {rate:.4g}"
     if factor != 1:
-        text += f" (base {about['rate']:.4g} x {factor:.4g}, {model.lr_scaling} in {images_per_update:,})"
+        text += f" (base {about['rate']:.4g} x {factor:.4g}, {model.lr_scaling} in {per_update:,})"
     text += f"; {length.warmup:,} steps of warm-up"
     if length.steps is None:
         return Line(
@@ -82,11 +82,11 @@ def rate_line(length: Length, model: Any, images_per_update: int, about: dict[st
     return Line("ok", "learning rate", f"{text}, then a cosine to 0")
 
 
-def steps_line(length: Length, global_batch_size: int, ranks: int) -> Line:
+def steps_line(length: Length, global_batch_size: int, ranks: int, unit: str) -> Line:
     """How many steps there are."""
     total = "no end" if length.steps is None else f"{length.steps:,} steps"
     epochs = "" if length.steps is None else f", {length.steps / length.per_epoch:,.3g} epochs"
-    batch = f"a batch of {global_batch_size:,} images on {ranks} rank(s)"
+    batch = f"a batch of {global_batch_size:,} {unit} on {ranks} rank(s)"
     return Line("ok", "steps", f"{total}{epochs} of {length.per_epoch:,}; {batch}")
 
 
@@ -121,35 +121,37 @@ class Speed(NamedTuple):
         return max(busy, self.feeding)
 
 
-def loader_line(speed: Speed, batch: int) -> Line:
+def loader_line(speed: Speed, batch: int, unit: str = "images") -> Line:
     """Whether the loader keeps up with the encoder.
 
     Args:
         speed: of a step.
         batch: B.
+        unit: what samples are called.
     """
     busy = speed.step + speed.staging
     gives, takes = batch / max(speed.feeding, 1e-9), batch / busy
     where = f"{speed.workers} workers" if speed.workers else "no workers"
-    text = f"{where}: {number(gives)} images/s, the encoder takes {number(takes)}"
+    text = f"{where}: {number(gives)} {unit}/s, the encoder takes {number(takes)}"
     if gives >= takes or (speed.on_cpu and speed.workers == 0):
         return Line("ok", "loader", text)
     return Line(
         "warning",
         "loader",
-        f"{text}: it will wait for images",
-        "Pack the set: simclr data pack; or give more cores, and --data.num_workers as many.",
+        f"{text}: it will wait for {unit}",
+        ("Pack the set: simclr data pack; or give " if unit == "images" else "Give ")
+        + "more cores, and --data.num_workers as many.",
     )
 
 
 def evaluations(trainer: Any, data: Any, length: Length, evaluated: int) -> int:
-    """How often a run scores the bank and the query images, about.
+    """How often a run scores the bank and the query, about.
 
     Args:
         trainer: of the run.
         data: its data module.
         length: of the run.
-        evaluated: images of an evaluation.
+        evaluated: samples of an evaluation.
     """
     steps = length.steps or 0
     ends = 2 if any(isinstance(c, RunSummary) for c in trainer.callbacks) else 0

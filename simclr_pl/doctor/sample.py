@@ -1,6 +1,6 @@
-"""A look at a sample of a set: what is in it, what cannot be read, how long an image takes.
+"""A look at a sample of a set: what is in it, what cannot be read, how long a sample takes.
 
-Symbols: V views, S side of a view, C channels.
+Symbols: V views, B samples of a batch.
 """
 
 import time
@@ -9,25 +9,28 @@ from typing import Any
 import numpy as np
 import torch
 
+from simclr_pl.augment import Augment
+from simclr_pl.augmentation import Augmentation
+from simclr_pl.data.batches import Batch
 from simclr_pl.data.datamodule import ContrastiveDataModule
-from simclr_pl.data.decode import UnreadableImage
+from simclr_pl.data.decode import UnreadableSample
 from simclr_pl.data.resident import fits_in_memory
 from simclr_pl.data.sources import Images, ResidentImages, Source
 from simclr_pl.doctor.children import Send
-from simclr_pl.doctor.configured import build
+from simclr_pl.doctor.configured import Kind, build
 from simclr_pl.doctor.lines import Line, duration, size
 
-_BATCH = 32  # images that the speed is measured with at a time
+_BATCH = 32  # samples that the speed is measured with at a time
 
 Found = dict[str, Any]
 
 
 class _Sample(Source):
-    """The images of a sample, as a set of their own."""
+    """A part of a set, as a set of its own."""
 
     def __init__(self, source: Source, images: Images) -> None:
         self.train = self.bank = self.query = images
-        self.channels, self.classes = source.channels, source.classes
+        self.channels, self.classes, self.unit = source.channels, source.classes, source.unit
 
     def open(self) -> None:
         """It is open."""
@@ -40,7 +43,7 @@ def look(send: Send, rank: int, args: list[str], count: int, seconds: float) -> 
         send: gets mappings.
         rank: not used.
         args: as those of `fit`.
-        count: images of the sample.
+        count: of the sample.
         seconds: to read the sample in, and as many again to time the making of views.
     """
     cli = build(args)
@@ -55,6 +58,8 @@ def look(send: Send, rank: int, args: list[str], count: int, seconds: float) -> 
     send(
         {
             "source": type(source).__name__,
+            "unit": source.unit,
+            "is_of_images": isinstance(data.augment, Augment),
             "opened": time.perf_counter() - began,
             "images": {name: len(images) for name, images in names.items()},
             "labelled": labelled,
@@ -64,31 +69,37 @@ def look(send: Send, rank: int, args: list[str], count: int, seconds: float) -> 
         }
     )
     index = np.unique(np.linspace(0, len(train) - 1, min(count, len(train))).astype(int))
-    readable, found = _read(train, index, seconds)
+    readable, found = _read(train, index, data.augment, seconds)
     send(found)
     if len(readable):
         send(_timed(data, source, train, train.subset(readable), cli.trainer.num_devices, seconds))
 
 
-def _read(images: Images, index: np.ndarray, seconds: float) -> tuple[np.ndarray, Found]:
-    """Which of the images can be read, and how long that takes."""
+def _read(
+    samples: Images, index: np.ndarray, augment: Augmentation, seconds: float
+) -> tuple[np.ndarray, Found]:
+    """Which of the samples can be read, and how long that takes."""
     readable, bad, sides = [], [], set()
     began = time.perf_counter()
     for i in (
         np.random.default_rng(0).permutation(index).tolist()
     ):  # when time runs out: of all parts
         try:
-            sides.add(images.open(i).pixels(reuse=True).shape[:2])
+            sample = samples.open(i)
+            if isinstance(augment, Augment):
+                sides.add(sample.pixels(reuse=True).shape[:2])
+            else:
+                augment.prepare([sample], None)  # some content is not read before
             readable.append(i)
-        except UnreadableImage as error:
-            bad.append((images.name(i), str(error)))
+        except UnreadableSample as error:
+            bad.append((samples.name(i), str(error)))
         if time.perf_counter() - began > seconds:
             break
     read = len(readable) + len(bad)
     return np.array(sorted(readable), int), {
         "sample": read,
         "unreadable": bad,
-        "seconds_per_image": (time.perf_counter() - began) / read,
+        "seconds_each": (time.perf_counter() - began) / read,
         "shorter_sides": [int(f(min(s) for s in sides)) for f in (min, max)] if sides else [],
     }
 
@@ -101,10 +112,14 @@ def _timed(
     ranks: int,
     seconds: float,
 ) -> Found:
-    """How the set would be kept, and seconds to make the views of an image."""
+    """How the set would be kept, and seconds to make the views of a sample."""
+    of_images = isinstance(data.augment, Augment)
     kept = isinstance(whole, ResidentImages) or (
-        data.resident in ("memory", "device")
-        or (data.resident == "auto" and fits_in_memory(whole, source.channels, ranks))
+        of_images
+        and (
+            data.resident in ("memory", "device")
+            or (data.resident == "auto" and fits_in_memory(whole, source.channels, ranks))
+        )
     )
     pixels = 0
     data.source = _Sample(source, sample)
@@ -112,11 +127,13 @@ def _timed(
     data.num_workers = 0
     data.global_batch_size = min(_BATCH, len(sample))
     data.setup("fit")
-    held = data.images("train")
+    held = data.samples("train")
     if isinstance(held, ResidentImages):
         pixels = held.pixels.nbytes // len(held) * len(whole)
-    loading, staging = _stopwatch(data, seconds)
+    loading, staging, batch, views = _stopwatch(data, seconds)
     return {
+        "kinds": [] if of_images else _kinds(views, data),
+        "table": sum(_bytes(group) for group in batch["groups"]) // data.global_batch_size,
         "kept": kept,
         "decoded": kept and not isinstance(whole, ResidentImages),
         "bytes": pixels,
@@ -125,21 +142,36 @@ def _timed(
     }
 
 
-def _stopwatch(data: ContrastiveDataModule, seconds: float) -> tuple[float, float]:
-    """Seconds for an image's views: in one worker, and in the device stage on the CPU."""
+def _kinds(views: Batch, data: ContrastiveDataModule) -> list[Kind]:
+    """What the views of a sample are like, from those of a batch."""
+    found = {"views": data.n_views, "small_views": data.n_small_views}
+    return [
+        Kind(n, tuple(x.shape[1:]), None if x.is_floating_point() else int(x.max()))
+        for n, x in ((n, views[name]) for name, n in found.items() if name in views)
+    ]
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(map(_bytes, value.values()))
+    return value.nbytes if isinstance(value, torch.Tensor) else 0
+
+
+def _stopwatch(data: ContrastiveDataModule, seconds: float) -> tuple[float, float, Batch, Batch]:
+    """Seconds for a sample's views, in one worker and in the device stage on the CPU; the last batch."""
     loading, staging = [], []
     batches = iter(data.train_dataloader())
     began = last = time.perf_counter()
     for batch in batches:
         fetched = time.perf_counter()
-        data.make_views(batch, "train")
+        views = data.make_views(batch, "train")
         loading.append(fetched - last)
         last = time.perf_counter()
         staging.append(last - fetched)
         if last - began > seconds:
             break
     count = data.global_batch_size
-    return float(np.median(loading)) / count, float(np.median(staging)) / count
+    return float(np.median(loading)) / count, float(np.median(staging)) / count, batch, views
 
 
 def lines_of(found: Found, bad_share: float, batch: int) -> list[Line]:
@@ -147,18 +179,20 @@ def lines_of(found: Found, bad_share: float, batch: int) -> list[Line]:
 
     Args:
         found: the parts that `look` sent, in one mapping.
-        bad_share: of unreadable images that the run would stand.
-        batch: images of a global batch.
+        bad_share: of unreadable samples that the run would stand.
+        batch: samples of a global batch.
     """
     return [_counts(found, batch), *([_sample(found, bad_share)] if "sample" in found else [])]
 
 
 def _counts(found: Found, batch: int) -> Line:
-    images = found["images"]
+    images, unit = found["images"], found["unit"]
     text = (
-        f"{found['source']}: {images['train']:,} images to learn from, a bank of {found['bank']:,}, "
-        f"{images['query']:,} to evaluate on; {found['channels']} channel(s)"
+        f"{found['source']}: {images['train']:,} {unit} to learn from, a bank of {found['bank']:,}, "
+        f"{images['query']:,} to evaluate on"
     )
+    if found["is_of_images"]:
+        text += f"; {found['channels']} channel(s)"
     if found["classes"]:
         text += f", {found['classes']:,} classes"
     if found["opened"] > 2:
@@ -168,21 +202,21 @@ def _counts(found: Found, batch: int) -> Line:
             "error",
             "data",
             f"{text}; fewer than the {batch:,} of one global batch",
-            f"Set --data.global_batch_size to at most {images['train']}, or give more images.",
+            f"Set --data.global_batch_size to at most {images['train']}, or give more {unit}.",
         )
     if not found["labelled"]:
         return Line(
             "warning",
             "data",
-            f"{text}; no image is labelled, so there will be no accuracies",
-            "None is needed to learn; put images into a folder for each class to have them.",
+            f"{text}; none is labelled, so there will be no accuracies",
+            "None is needed to learn; give labels, images by class folders, to have them.",
         )
     return Line("ok", "data", text)
 
 
 def _sample(found: Found, bad_share: float) -> Line:
     read, bad = found["sample"], found["unreadable"]
-    text = f"{read:,} images read, {1000 * found['seconds_per_image']:.2g} ms each"
+    text = f"{read:,} {found['unit']} read, {1000 * found['seconds_each']:.2g} ms each"
     if sides := found["shorter_sides"]:
         low, high = sides
         text += f"; shorter side {low}" + (f" to {high}" if high > low else "") + " pixels"
@@ -200,5 +234,5 @@ def _sample(found: Found, bad_share: float) -> Line:
         level,  # type: ignore[arg-type]
         "sample",
         text,
-        f"That share {stands}{root}: simclr data check lists every such image.",
+        f"That share {stands}{root}: simclr data check lists all.",
     )

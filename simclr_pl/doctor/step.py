@@ -1,6 +1,6 @@
 """Memory and time of a training step, measured at growing batches and carried on to the whole.
 
-Symbols: B images of a rank's batch, V views, C channels, S side of a view, D projection width.
+Symbols: B samples of a rank's batch, V views, D projection width.
 """
 
 import resource
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from simclr_pl.chunks import encode_in_chunks
 from simclr_pl.doctor.children import Send
-from simclr_pl.doctor.configured import build, rows_of
+from simclr_pl.doctor.configured import Kind, build
 from simclr_pl.doctor.lines import Level, Line, duration, size
 from simclr_pl.optim import parameter_groups
 
@@ -27,12 +27,12 @@ class Measured(NamedTuple):
     """One step at one batch.
 
     Attributes:
-        images: B.
+        samples: B.
         seconds: of the step.
         peak: bytes of memory, of the process on the CPU and of the tensors on a GPU.
     """
 
-    images: int
+    samples: int
     seconds: float
     peak: int
 
@@ -43,7 +43,7 @@ class Forecast(NamedTuple):
     Attributes:
         seconds: of the step.
         peak: bytes.
-        activations: bytes of one image's views, which is what `encode_chunk` saves.
+        activations: bytes of one sample's views, which is what `encode_chunk` saves.
         measured: whether the whole was measured, not carried on from smaller batches.
     """
 
@@ -57,8 +57,8 @@ def measure(
     send: Send,
     rank: int,
     args: list[str],
-    channels: int,
-    images: int,
+    kinds: list[Kind],
+    samples: int,
     memory: int,
     seconds: float,
     threads: int,
@@ -66,11 +66,11 @@ def measure(
     """Sends what is known of the model, then a `Measured` for each batch that is tried.
 
     Args:
-        send: gets a mapping, then tuples, the first of no image; at last words, where a GPU is full.
+        send: gets a mapping, then tuples, the first of no sample; at last words, where a GPU is full.
         rank: not used.
         args: as those of `fit`.
-        channels: C.
-        images: B of the run, the last batch that is tried.
+        kinds: what the views of a sample are like.
+        samples: B of the run, the last batch that is tried.
         memory: bytes that the steps may take.
         seconds: no batch is tried that would end later.
         threads: of torch on the CPU.
@@ -80,36 +80,33 @@ def measure(
     plugin, device = cli.trainer.precision_plugin, cli.trainer.strategy.root_device
     model: Any = plugin.convert_module(cli.model).to(device).train()
     optimizer = model.optimizer(parameter_groups(model)[0])
-    views = rows_of(cli)
     began = time.perf_counter()
     tried: list[Measured] = []
     try:
-        _one(model, optimizer, plugin, views, channels, 2, device)  # compiles, makes the buffers
+        _one(model, optimizer, plugin, kinds, 2, device)  # compiles, makes the buffers
         send(_about(model, optimizer))
         tried.append(Measured(0, 0.0, _now(device)))
-        for count in batches(images):
+        for count in batches(samples):
             if len(tried) > 1 and not _goes_on(tried, count, memory, began + seconds):
                 break
             send(tuple(tried[-1]))
             # once is enough to carry on from; of a quick whole batch, the best of three
-            times = 3 if count == images and tried[-1].seconds < 1 else 1
-            steps = [
-                _one(model, optimizer, plugin, views, channels, count, device) for _ in range(times)
-            ]
+            times = 3 if count == samples and tried[-1].seconds < 1 else 1
+            steps = [_one(model, optimizer, plugin, kinds, count, device) for _ in range(times)]
             tried.append(min(steps, key=lambda m: m.seconds))
         send(tuple(tried[-1]))
     except torch.cuda.OutOfMemoryError:
         send("does not fit into the GPU's memory")
 
 
-def batches(images: int) -> list[int]:
-    """2, 4, 8 ... images, and at last all."""
-    return [*(2**k for k in range(1, 31) if 2**k < images), images]
+def batches(samples: int) -> list[int]:
+    """2, 4, 8 ... samples, and at last all."""
+    return [*(2**k for k in range(1, 31) if 2**k < samples), samples]
 
 
 def _goes_on(tried: Sequence[Measured], count: int, memory: int, deadline: float) -> bool:
     last = tried[-1]
-    seconds = last.seconds * count / last.images
+    seconds = last.seconds * count / last.samples
     peak = carry_on(tried, count, None, 0).peak
     return peak < _RESERVE * memory and time.perf_counter() + seconds < deadline
 
@@ -118,21 +115,28 @@ def _one(
     model: Any,
     optimizer: torch.optim.Optimizer,
     plugin: Any,
-    views: Sequence[tuple[int, int]],
-    channels: int,
+    kinds: Sequence[Kind],
     count: int,
     device: torch.device,
 ) -> Measured:
     _reset_peak(device)
     began = time.perf_counter()
     optimizer.zero_grad()
-    sizes = [torch.rand(v * count, channels, side, side, device=device) for v, side in views]
+    sizes = [_made_up(kind, count, device) for kind in kinds]
     with plugin.forward_context():
         loss = _loss(model, sizes, count)
     loss.backward()
     optimizer.step()
     loss.item()  # waits for the device
     return Measured(count, time.perf_counter() - began, _peak(device))
+
+
+def _made_up(kind: Kind, count: int, device: torch.device) -> Tensor:
+    """Views (V*B, ...) of random numbers."""
+    shape = (kind.number * count, *kind.shape)
+    if kind.highest is None:
+        return torch.rand(shape, device=device)
+    return torch.randint(kind.highest + 1, shape, device=device)
 
 
 def _loss(model: Any, sizes: Sequence[Tensor], count: int) -> Tensor:
@@ -185,34 +189,38 @@ def _peak(device: torch.device) -> int:
         return peak * (1 if sys.platform == "darwin" else 1024)
 
 
-def carry_on(tried: Sequence[Measured], images: int, chunk: int | None, one_input: int) -> Forecast:
-    """Memory and time at ``images``, by a straight line through what was measured.
+def carry_on(
+    tried: Sequence[Measured], samples: int, chunk: int | None, one_input: int
+) -> Forecast:
+    """Memory and time at ``samples``, by a straight line through what was measured.
 
     Args:
-        tried: at growing batches, at least two; the first of no image.
-        images: B of the run.
-        chunk: images that are encoded at a time; None for all.
-        one_input: bytes of one image's views, which are there for all images.
+        tried: at growing batches, at least two; the first of no sample.
+        samples: B of the run.
+        chunk: samples that are encoded at a time; None for all.
+        one_input: bytes of one sample's views, which are there for all samples.
     """
-    whole = next((m for m in tried if m.images == images), None)
+    whole = next((m for m in tried if m.samples == samples), None)
     last = tried[-1]
-    within = [m for m in tried if chunk is None or m.images <= chunk]
+    within = [m for m in tried if chunk is None or m.samples <= chunk]
     within = within if len(within) > 1 else list(tried[:2])
-    activations = _slope([(m.images, m.peak) for m in within])
+    activations = _slope([(m.samples, m.peak) for m in within])
     if whole is not None:
         return Forecast(whole.seconds, whole.peak, activations, True)
-    beyond = [m for m in tried if chunk is not None and m.images > chunk]
-    at_once = images if chunk is None else min(images, chunk)
-    seconds = last.seconds + (images - last.images) * _slope([(m.images, m.seconds) for m in tried])
+    beyond = [m for m in tried if chunk is not None and m.samples > chunk]
+    at_once = samples if chunk is None else min(samples, chunk)
+    seconds = last.seconds + (samples - last.samples) * _slope(
+        [(m.samples, m.seconds) for m in tried]
+    )
     if beyond:
         slope: float = one_input
         if len(beyond) > 1:
-            slope = max(slope, _slope([(m.images, m.peak) for m in beyond]))
-        peak = last.peak + (images - last.images) * slope
+            slope = max(slope, _slope([(m.samples, m.peak) for m in beyond]))
+        peak = last.peak + (samples - last.samples) * slope
     else:
-        peak = last.peak + max(0, at_once - last.images) * activations
-        peak += (images - at_once) * one_input
-        if chunk is not None and images > chunk:
+        peak = last.peak + max(0, at_once - last.samples) * activations
+        peak += (samples - at_once) * one_input
+        if chunk is not None and samples > chunk:
             seconds *= 4 / 3  # all chunks but the last run forward twice
     return Forecast(seconds, peak, activations, False)
 
@@ -227,23 +235,23 @@ class Asked(NamedTuple):
     """What a step is to hold.
 
     Attributes:
-        images: B of the run.
-        views: number and side of an image's views, for each size.
-        channels: C.
+        samples: B of the run.
+        kinds: what the views of a sample are like.
         chunk: `encode_chunk`, in views.
         memory: bytes that one rank may take.
+        unit: what samples are called.
     """
 
-    images: int
-    views: Sequence[tuple[int, int]]
-    channels: int
+    samples: int
+    kinds: Sequence[Kind]
     chunk: int | None
     memory: int
+    unit: str = "images"
 
     @property
     def one_input(self) -> int:
-        """Bytes of one image's views."""
-        return sum(4 * n * self.channels * side**2 for n, side in self.views)
+        """Bytes of one sample's views."""
+        return sum(kind.bytes for kind in self.kinds)
 
 
 def fit_line(tried: Sequence[Measured], ending: str, asked: Asked) -> tuple[Line, Forecast | None]:
@@ -257,14 +265,14 @@ def fit_line(tried: Sequence[Measured], ending: str, asked: Asked) -> tuple[Line
     remedy = "Set --model.encode_chunk 2, a smaller encoder or smaller views."
     if len(tried) < 2:
         if "killed" not in ending and "memory" not in ending:  # an exception of the model's
-            remedy = "Make the encoder, the head and the images fit each other."
-        return Line("error", "batch", f"not even 2 images: the step {ending}", remedy), None
-    views = sum(n for n, _ in asked.views)
+            remedy = f"Make the encoder, the head and the {asked.unit} fit each other."
+        return Line("error", "batch", f"not even 2 {asked.unit}: the step {ending}", remedy), None
+    views = sum(kind.number for kind in asked.kinds)
     chunk = None if asked.chunk is None else max(1, asked.chunk // views)
-    forecast = carry_on(tried, asked.images, chunk, asked.one_input)
-    text = f"{asked.images:,} images a rank: {size(forecast.peak)} of {size(asked.memory)}, "
+    forecast = carry_on(tried, asked.samples, chunk, asked.one_input)
+    text = f"{asked.samples:,} {asked.unit} a rank: {size(forecast.peak)} of {size(asked.memory)}, "
     text += f"{duration(forecast.seconds)} a step"
-    last = tried[-1].images
+    last = tried[-1].samples
     text += "; measured" if forecast.measured else f"; carried on from {last:,}"
     if forecast.peak <= _RESERVE * asked.memory and not ending:
         return Line("ok", "batch", text), forecast
@@ -283,10 +291,10 @@ def chunk_for(forecast: Forecast, asked: Asked, views: int) -> int | None:
     Args:
         forecast: of the batch; with a chunk that is too large, or with none.
         asked: the batch.
-        views: of an image.
+        views: of a sample.
     """
-    at_once = asked.images if asked.chunk is None else min(asked.images, asked.chunk // views)
-    saved = max(1.0, forecast.activations - asked.one_input)  # by each image that is not encoded
+    at_once = asked.samples if asked.chunk is None else min(asked.samples, asked.chunk // views)
+    saved = max(1.0, forecast.activations - asked.one_input)  # by each sample that is not encoded
     room = _RESERVE * asked.memory - (forecast.peak - at_once * saved)
     rows = int(room / (saved / views))
     return 2 ** (rows.bit_length() - 1) if rows >= 2 else None

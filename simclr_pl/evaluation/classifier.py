@@ -1,6 +1,6 @@
 """An encoder with a linear head, and how its layers lie.
 
-Symbols: n rows, C channels, S side of a view, E feature width, K classes.
+Symbols: n rows, E feature width, K classes.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ class Classifier(nn.Module):
     arXiv:2006.10029, section 2): what follows that layer's batch norm and ReLU is dropped.
 
     Args:
-        encoder: maps images (n, C, S, S) to features (n, E); used as it is, not copied.
+        encoder: maps views (n, ...) to features (n, E); used as it is, not copied.
         num_classes: K.
         projector: the one that it was trained with.
         projector_layers: linear layers of it to keep.
@@ -47,8 +47,11 @@ class Classifier(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images (n, C, S, S) to logits (n, K), in float32 or more."""
-        x = x.to(dtype=self.head.weight.dtype, memory_format=torch.channels_last)
+        """Maps views (n, ...), of images (n, C, S, S), to logits (n, K), in float32 or more."""
+        if x.is_floating_point():
+            x = x.to(self.head.weight.dtype)
+        if x.dim() == 4:
+            x = x.to(memory_format=torch.channels_last)
         logits: Tensor = self.head(self.projector(self.encoder(x)))
         return logits if logits.dtype == torch.float64 else logits.float()
 

@@ -1,6 +1,6 @@
 """The linear protocol on fresh crops: as the papers train their linear classifiers.
 
-Symbols: B images of a batch on this rank, M training images, E feature width, K classes, G options tried.
+Symbols: B samples of a batch on this rank, M training samples, E feature width, K classes, G options.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,20 +21,20 @@ _BANK, _QUERY = 0, 1  # the validation's loaders
 
 
 class LinearOnCrops(LightningModule):
-    """Trains linear heads on frozen encoders, which see fresh views of the images in every epoch.
+    """Trains linear heads on frozen encoders, which see fresh views of the samples in every epoch.
 
     Chen et al. 2020 (arXiv:2002.05709, appendix B.6): SGD with momentum on random crops and flips; here
     with a grid of options at once, features standardised by running statistics, and a cosine. A tenth of
-    the training images is held out as in `simclr_pl.evaluation.linear.linear_protocol`. In the same pass
+    the training samples is held out as in `simclr_pl.evaluation.linear.linear_protocol`. In the same pass
     every option is trained twice, without these, to choose by them, and with them, to be reported; so the
     encoders see every view once. The trainer validates once, after the last epoch.
 
     Args:
-        encoders: by name, each maps views (n, C, S, S) to features (n, E); kept in evaluation mode.
+        encoders: by name, each maps views (n, ...) to features (n, E); kept in evaluation mode.
         lr: learning rates tried, > 0.
         weight_decay: tried with each of them, >= 0.
-        batch_size: images of a step over all ranks at most; smaller sets are taken in equal steps.
-        seed: of the choice of held-out images.
+        batch_size: samples of a step over all ranks at most; smaller sets are taken in equal steps.
+        seed: of the choice of held-out samples.
 
     Raises:
         InputError: an option out of its range.
@@ -71,15 +71,15 @@ class LinearOnCrops(LightningModule):
         return torch.optim.SGD([self.anchor], lr=0.0)
 
     def setup(self, stage: str) -> None:
-        """Sets the data module's global batch to one that the images fill."""
+        """Sets the data module's global batch to one that the samples fill."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        count = len(data.images("train"))
+        count = len(data.samples("train"))
         data.global_batch_size = even_batch(count, self.batch_size, self.trainer.world_size)
 
     def on_fit_start(self) -> None:
-        """Chooses the held-out images."""
+        """Chooses the held-out samples."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        labels = torch.from_numpy(data.images("train").labels)
+        labels = torch.from_numpy(data.samples("train").labels)
         held = torch.zeros(len(labels), dtype=torch.bool)
         held[torch.from_numpy(hold_out(labels, self.seed))] = True
         self._held = held.to(self.device)  # (M,)
@@ -124,7 +124,7 @@ class LinearOnCrops(LightningModule):
         }
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Counts every head's hits on clean views: of the held-out images, then of the query."""
+        """Counts every head's hits on clean views: of the held-out samples, then of the query."""
         index, label = batch["index"], batch["label"]
         known = (index >= 0) & (label >= 0)
         if dataloader_idx == _BANK:
@@ -141,7 +141,7 @@ class LinearOnCrops(LightningModule):
             self._counts[name, dataloader_idx] += torch.stack([top1, top5, rows], 1)
 
     def on_validation_epoch_end(self) -> None:
-        """Chooses, on the held-out images, and reports, on the query."""
+        """Chooses, on the held-out samples, and reports, on the query."""
         for name in self.encoders:
             held, query = (all_reduce_sum(self._counts[name, i]).tolist() for i in (_BANK, _QUERY))
             accuracy = [top1 / max(1, count) for top1, _, count in held]

@@ -1,6 +1,6 @@
 """Distillation: a student learns a fine-tuned teacher's probabilities.
 
-Symbols: B images of this rank's batch, C channels, S side of a view, K classes.
+Symbols: B samples of this rank's batch, K classes.
 """
 
 from typing import Any
@@ -66,7 +66,7 @@ class Distill(Classification):
             teacher's architecture, else 1, with little effect; short trainings want 1.
         labelled_weight: of the cross-entropy with the labels, where there are some.
         lr: learning rate, times the square root of the batch.
-        batch_size: images of a step over all ranks at most.
+        batch_size: samples of a step over all ranks at most.
         seed: fixes dropout and the like.
 
     Raises:
@@ -119,15 +119,15 @@ class Distill(Classification):
         labelled = self.trainer.datamodule.train_is_labelled  # type: ignore[attr-defined]
         if stage == "fit" and self.labelled_weight and not labelled:
             raise InputError(
-                f"`labelled_weight` needs labelled training images; got {self.labelled_weight} and "
+                f"`labelled_weight` needs labelled training samples; got {self.labelled_weight} and "
                 "none. Set `--labelled_weight` to 0."
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The distillation loss of one view of each image.
+        """The distillation loss of one view of each sample.
 
         Args:
-            batch: ``views`` (B, C, S, S) and ``label`` (B,), -1 where there is none.
+            batch: ``views`` (B, ...) and ``label`` (B,), -1 where there is none.
             batch_idx: not used.
         """
         with torch.no_grad():

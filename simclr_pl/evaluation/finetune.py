@@ -1,6 +1,6 @@
 """Fine-tuning: encoder and a new linear head, trained on labels.
 
-Symbols: B images of this rank's batch, n rows, C channels, S side of a view, K classes.
+Symbols: B samples of this rank's batch, n rows, K classes.
 """
 
 import copy
@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from simclr_pl.augment import Augment
+from simclr_pl.augmentation import Augmentation
 from simclr_pl.distributed import all_reduce_sum, is_distributed
 from simclr_pl.errors import InputError
 from simclr_pl.evaluation.classifier import Classifier, rates_by_depth
@@ -30,12 +31,12 @@ MakesClassifier = Classifier | Callable[[int], Classifier]
 
 
 class Accuracy(NamedTuple):
-    """How many of the labelled query images are classified right.
+    """How many of the labelled query samples are classified right.
 
     Attributes:
         top1: share whose class has the largest logit.
         top5: share whose class is among the five largest; all, where there are no more classes.
-        total: labelled query images.
+        total: labelled query samples.
     """
 
     top1: float
@@ -46,13 +47,13 @@ class Accuracy(NamedTuple):
 class Classification(LightningModule):
     """What every training of a `Classifier` shares: batches, the schedule, and the accuracy.
 
-    `Trainer.predict` on a `ContrastiveDataModule` measures the accuracy on its query images.
+    `Trainer.predict` on a `ContrastiveDataModule` measures the accuracy on its query samples.
 
     Args:
         classifier: trained in place; or a callable that makes it from the number of classes that the data
             module has.
-        batch_size: images of a step over all ranks at most. Smaller sets are taken in as few steps of
-            equal size as that allows, so that an epoch leaves out less than one image for each rank and
+        batch_size: samples of a step over all ranks at most. Smaller sets are taken in as few steps of
+            equal size as that allows, so that an epoch leaves out less than one sample for each rank and
             step.
         seed: fixes dropout and the like.
 
@@ -83,17 +84,17 @@ class Classification(LightningModule):
         self.top5 = MulticlassAccuracy(k, top_k=min(5, k), **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images (n, C, S, S) to logits (n, K)."""
+        """Maps views (n, ...) to logits (n, K)."""
         return self.classifier(x)  # type: ignore[no-any-return]
 
     def setup(self, stage: str) -> None:
-        """Makes the classifier, and sets the data module's global batch to one that the images fill.
+        """Makes the classifier, and sets the data module's global batch to one that the samples fill.
 
         Raises:
-            InputError: there are fewer images than ranks, or more classes than the classifier's.
+            InputError: there are fewer samples than ranks, or more classes than the classifier's.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        labels = np.concatenate([data.images(name).labels for name in ("train", "query")])
+        labels = np.concatenate([data.samples(name).labels for name in ("train", "query")])
         classes = max(int(labels.max(initial=-1)) + 1, len(data.source.classes))
         if self._make is not None:
             self._take(self._make(classes))
@@ -101,11 +102,11 @@ class Classification(LightningModule):
         k = self.classifier.head.out_features
         if classes > k:
             raise InputError(
-                f"the images must be of the classifier's classes; got {classes} classes for {k}. Give "
+                f"the data must be of the classifier's classes; got {classes} classes for {k}. Give "
                 "the data set that it was fine-tuned on as `--dataset`."
             )
         if stage == "fit":
-            count = len(data.images("train"))
+            count = len(data.samples("train"))
             data.global_batch_size = even_batch(count, self.batch_size, self.trainer.world_size)
 
     def on_fit_start(self) -> None:
@@ -167,19 +168,19 @@ class Classification(LightningModule):
         """Brings the ranks' counts together.
 
         Raises:
-            InputError: no query image is labelled.
+            InputError: no query sample is labelled.
         """
         total = int(all_reduce_sum(self._total))
         if not total:
             raise InputError(
-                "accuracy needs labelled query images; got none. Give a data set with class folders "
-                "as `--dataset`."
+                "accuracy needs labelled query samples; got none. Give a data set with labels, such as "
+                "class folders, as `--dataset`."
             )
         self.accuracy = Accuracy(float(self.top1.compute()), float(self.top5.compute()), total)
 
 
 class FineTune(Classification):
-    """Trains a classifier on the labels of the training images.
+    """Trains a classifier on the labels of the training samples.
 
     The recipe of SimCLR (Chen et al. 2020, arXiv:2002.05709, appendix B.5): SGD with Nesterov momentum
     0.9, learning rate 0.05 * batch / 256, no warm-up, no weight decay. The schedule is the authors'
@@ -192,7 +193,7 @@ class FineTune(Classification):
         classifier: trained in place; or a callable that makes it from the number of classes.
         lr: learning rate of the head for a batch of 256.
         lr_decay: factor of the rate from each layer to the one below, in (0, 1].
-        batch_size: images of a step over all ranks at most.
+        batch_size: samples of a step over all ranks at most.
         least_steps: train for further epochs than the trainer's, where those make fewer steps. The
             paper's epochs are for ImageNet, where 1 % of the labels are 12,811 images.
         seed: fixes dropout and the like.
@@ -224,15 +225,15 @@ class FineTune(Classification):
         super().setup(stage)
         if stage == "fit":
             data = self.trainer.datamodule  # type: ignore[attr-defined]
-            steps = len(data.images("train")) // data.global_batch_size
+            steps = len(data.samples("train")) // data.global_batch_size
             loop = self.trainer.fit_loop
             loop.max_epochs = max(loop.max_epochs or 1, math.ceil(self.least_steps / steps))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The cross-entropy of one view of each image.
+        """The cross-entropy of one view of each sample.
 
         Args:
-            batch: ``views`` (B, C, S, S) and ``label`` (B,).
+            batch: ``views`` (B, ...) and ``label`` (B,).
             batch_idx: not used.
         """
         logits = self(batch["views"])  # (B, K)
@@ -250,11 +251,11 @@ class FineTune(Classification):
 
 
 def even_batch(count: int, most: int, ranks: int) -> int:
-    """The batch that takes ``count`` images in as few steps of equal size as ``most`` allows.
+    """The batch that takes ``count`` samples in as few steps of equal size as ``most`` allows.
 
     Args:
-        count: images.
-        most: images of a step over all ranks.
+        count: samples.
+        most: samples of a step over all ranks.
         ranks: the batch is a multiple of it.
 
     Raises:
@@ -262,15 +263,17 @@ def even_batch(count: int, most: int, ranks: int) -> int:
     """
     if min(count, most) < ranks:
         raise InputError(
-            f"each rank needs an image of every step; got {count} images and a batch of {most} for "
+            f"each rank needs a sample of every step; got {count} samples and a batch of {most} for "
             f"{ranks} ranks. Set `--devices` to less, or give more."
         )
     batch = count // math.ceil(count / most)
     return max(ranks, batch - batch % ranks)
 
 
-def crop_and_flip(augment: Augment) -> Augment:
-    """The random crops and flips of an augmentation alone, as the papers fine-tune with."""
+def crop_and_flip(augment: Augmentation) -> Augmentation:
+    """The random crops and flips of images alone, as the papers fine-tune; of other samples, all."""
+    if not isinstance(augment, Augment):
+        return augment
     plain = copy.copy(augment)
     plain.rotation = plain.shift = plain.jitter = plain.grey = plain.blur = plain.solarise = 0.0
     return plain

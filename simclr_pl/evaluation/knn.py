@@ -1,6 +1,6 @@
 """Nearest neighbours among frozen features, over a grid of k and temperatures.
 
-Symbols: M bank images, Q query images, E feature width, K classes.
+Symbols: M bank samples, Q query samples, E feature width, K classes.
 """
 
 from collections.abc import Sequence

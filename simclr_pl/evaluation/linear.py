@@ -1,4 +1,4 @@
-"""The linear protocol: a classifier on frozen features, its options chosen on held-out images.
+"""The linear protocol: a classifier on frozen features, its options chosen on held-out samples.
 
 Symbols: n bank rows of this rank, M of all ranks, q query rows of this rank, E feature width, K classes,
 G options tried.
@@ -20,7 +20,7 @@ from simclr_pl.keyed_random import Stream, permutation
 from simclr_pl.linear import Deal, fit_logistic, standardise, train_heads
 from simclr_pl.metrics import wilson_interval
 
-_HELD_OUT = 10  # one in so many bank images chooses the options
+_HELD_OUT = 10  # one in so many bank samples chooses the options
 _SPLIT = -1  # in the place of the epoch, in the key of the split
 _ROWS = 1024  # scored at a time
 
@@ -30,10 +30,10 @@ _Fit = Callable[[np.ndarray, _Options], _Logits]  # on the rows at these places
 
 
 class Share(NamedTuple):
-    """A share of the query images, in [0, 1], with its 95 % interval.
+    """A share of the query samples, in [0, 1], with its 95 % interval.
 
     Attributes:
-        value: hits / images.
+        value: hits / samples.
         low: lower end, by `simclr_pl.metrics.wilson_interval`.
         high: upper end.
     """
@@ -52,13 +52,13 @@ class LinearResult(NamedTuple):
     """What the protocol found; the same on every rank.
 
     Attributes:
-        top1: query images whose class is the first answer.
+        top1: query samples whose class is the first answer.
         top5: among the first five; None for five classes or fewer.
         chosen: the options with the best held-out accuracy.
         grid: all options, each with its ``held_out`` accuracy in [0, 1], in the order tried.
-        bank: images of all ranks that the reported classifier is fitted on.
+        bank: samples of all ranks that the reported classifier is fitted on.
         held_out: how many of these the options were chosen on.
-        query: images of all ranks that it is scored on.
+        query: samples of all ranks that it is scored on.
     """
 
     top1: Share
@@ -119,15 +119,15 @@ def linear_protocol(
         progress: called with the work done and all work, in fits of L-BFGS or steps of SGD.
 
     Raises:
-        InputError: an option out of its range; no query image, or fewer than two bank images.
+        InputError: an option out of its range; no query sample, or fewer than two bank samples.
     """
     _check(l2, lr, weight_decay, epochs, batch_size)
     deal = Deal(len(bank.labels), bank.labels.device)
     queries = int(all_reduce_sum(torch.tensor(len(query.labels), device=query.labels.device)))
     if deal.total < 2 or not queries:
         raise InputError(
-            "the linear protocol needs at least 2 labelled bank images and 1 query image; got "
-            f"{deal.total} and {queries}. Give labelled images."
+            "the linear protocol needs at least 2 labelled bank samples and 1 query sample; got "
+            f"{deal.total} and {queries}. Give labelled samples."
         )
     labels = deal.gather(bank.labels)  # (M,)
     held = hold_out(labels, seed)
@@ -160,7 +160,7 @@ def linear_protocol(
 
 
 def hold_out(labels: Tensor, seed: int = 0) -> np.ndarray:
-    """Which of M images choose the options: a tenth, of each class alike, at least one.
+    """Which of M samples choose the options: a tenth, of each class alike, at least one.
 
     Args:
         labels: (M,) int64 of all ranks, in the order of the set.

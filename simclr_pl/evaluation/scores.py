@@ -9,7 +9,7 @@ from simclr_pl.neighbours import knn_predict
 
 
 class Scores(NamedTuple):
-    """Shares of the query images that are classified right, in [0, 1].
+    """Shares of the query samples that are classified right, in [0, 1].
 
     Attributes:
         knn: by weighted nearest neighbours in the bank.

@@ -51,7 +51,7 @@
     build(element) {
       const { data } = this;
       const of = data.total > this.n ? ` of ${data.total.toLocaleString("en")}` : "";
-      const text = `Map of ${this.n.toLocaleString("en")}${of} query images, step ${data.step.toLocaleString("en")}`;
+      const text = `Map of ${this.n.toLocaleString("en")}${of} query samples, step ${data.step.toLocaleString("en")}`;
       this.canvas = make("canvas", {
         tabIndex: 0,
         attributes: { role: "application", "aria-label": text, "aria-describedby": "map-help" },
@@ -237,7 +237,7 @@
       this.at = i;
       this.hover.hidden = i === null;
       if (i !== null) {
-        const text = `image ${this.data.image[i]}: ${this.name(i)}`;
+        const text = `sample ${this.data.image[i]}: ${this.name(i)}`;
         this.hover.replaceChildren(...[this.thumb(i, 72), make("div", { textContent: text })].filter(Boolean));
         const [x, y] = this.place(i);
         const { offsetWidth: w, offsetHeight: h } = this.hover;
@@ -267,7 +267,7 @@
           "background-size": `${columns * side}px ${rows * side}px`,
           "background-position": `${-x * side}px ${-y * side}px`,
         },
-        attributes: { role: "img", "aria-label": `image ${this.data.image[i]}, ${this.name(i)}` },
+        attributes: { role: "img", "aria-label": `sample ${this.data.image[i]}, ${this.name(i)}` },
       });
     }
 
@@ -277,7 +277,7 @@
         .filter(([j]) => j >= 0);
     }
 
-    /** The chosen image and its neighbours, beside the map. */
+    /** The chosen sample and its neighbours, beside the map. */
     tell() {
       const i = this.chosen;
       if (i === null) {
@@ -287,7 +287,7 @@
       const near = this.near(i);
       const same = near.filter(([j]) => this.data.label[j] === this.data.label[i]).length;
       const about = make("div", {}, make("h4", { textContent: this.name(i) }),
-        make("div", { className: "note", textContent: `image ${this.data.image[i]}` }));
+        make("div", { className: "note", textContent: `sample ${this.data.image[i]}` }));
       const chosen = make("div", { className: "chosen" }, ...[this.thumb(i, 88), about].filter(Boolean));
       const text = near.length
         ? `Nearest by cosine${this.data.label[i] < 0 ? "" : `; ${same} of ${near.length} of the same class`}:`
@@ -348,8 +348,12 @@
       pen.stroke();
     }
 
-    /** The image itself, in a frame of its class's colour. */
+    /** The image itself, in a frame of its class's colour; a ring where samples have no pictures. */
     stamp(pen, i, side) {
+      if (!this.data.sheet) {
+        this.ring(pen, i, side / 4, this.pointColour(i));
+        return;
+      }
       const [x, y] = this.place(i);
       const { columns } = this.data;
       pen.fillStyle = this.pointColour(i);

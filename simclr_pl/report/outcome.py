@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from simclr_pl.report.reading import Run
 
 MEASURES = {"knn": "kNN", "linear": "linear"}
-_WHO = {"": "trained", "_init": "at initialisation", "_pixels": "raw pixels"}
+_WHO = {"": "trained", "_init": "at initialisation", "_raw": "no encoder"}
 
 
 class Measure(NamedTuple):
@@ -13,7 +13,7 @@ class Measure(NamedTuple):
 
     Attributes:
         name: "kNN" or "linear".
-        scores: in percent, by "trained", "at initialisation" and "raw pixels", those that there are.
+        scores: in percent, by "trained", "at initialisation" and e.g. "raw pixels", those that there are.
     """
 
     name: str
@@ -48,13 +48,16 @@ class Outcome(NamedTuple):
 def outcome_of(run: Run) -> Outcome:
     """The outcome of a run, as far as its files tell."""
     summary = run.summary or {}
+    named = {**_WHO, "_raw": str(summary.get("raw_name") or _WHO["_raw"])}
     measures = []
     for key, name in MEASURES.items():
-        scores = {who: _percent(summary.get(f"{key}_top1{suffix}")) for suffix, who in _WHO.items()}
+        scores = {
+            who: _percent(summary.get(f"{key}_top1{suffix}")) for suffix, who in named.items()
+        }
         if known := {who: score for who, score in scores.items() if score is not None}:
             measures.append(Measure(name, known))
     state, status = _state(run)
-    return Outcome(state, status, measures, _meaning(run, measures), _facts(run))
+    return Outcome(state, status, measures, _meaning(run, measures, named["_raw"]), _facts(run))
 
 
 def _percent(share: Any) -> float | None:
@@ -82,7 +85,7 @@ def _state(run: Run) -> tuple[str, str]:
     return "finished", "Finished" + (f" after {steps:,} steps" if isinstance(steps, int) else "")
 
 
-def _meaning(run: Run, measures: list[Measure]) -> str:
+def _meaning(run: Run, measures: list[Measure], raw_name: str) -> str:
     gains = {measure.name: measure.gain for measure in measures if measure.gain is not None}
     if not gains:
         latest = [
@@ -95,7 +98,7 @@ def _meaning(run: Run, measures: list[Measure]) -> str:
         none = "There are no scores of the trained encoder"
         return f"{none}; latest of the monitors: {', '.join(latest)}." if latest else f"{none}."
     said = " and ".join(f"{abs(gain):.1f} points of {name}" for name, gain in gains.items())
-    better = "the better of the encoder at initialisation and raw pixels"
+    better = f"the better of the encoder at initialisation and {raw_name}"
     if all(gain > 0 for gain in gains.values()):
         return f"Training gained {said} accuracy over {better}."
     if all(gain <= 0 for gain in gains.values()):
@@ -110,7 +113,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "steps": ("steps", "{:,.0f}"),
         "global_batch_size": ("global batch", "{:,.0f}"),
         "world_size": ("ranks", "{:,.0f}"),
-        "images_per_second": ("images per second", "{:,.0f}"),
+        "samples_per_second": (f"{summary.get('unit', 'samples')} per second", "{:,.0f}"),
         "peak_memory_mib": ("peak memory, MiB", "{:,.0f}"),
     }
     facts = []

@@ -190,7 +190,8 @@ def _map(run: Run, most: int) -> dict[str, Any] | None:
     image, columns = "", 0
     try:
         if found.thumbnails is None:
-            run.problems.append("pictures/map_thumbnails.jpg is missing")
+            if run.has_pictures:
+                run.problems.append("pictures/map_thumbnails.jpg is missing")
         else:
             image, columns = sheet(found.thumbnails, n, kept.tolist())
     except (OSError, ValueError) as error:

@@ -34,7 +34,7 @@ class Run:
         pictures: "views", "neighbours" and "map" to their files by step, in order.
         map: of pictures/map.npz.
         results: of the commands that were called on checkpoints: the file's name and what it holds.
-        unreadable: names and reasons of images.
+        unreadable: names and reasons of samples.
         bad_steps: rows of bad_steps.tsv.
         problems: one line for each file that is missing or damaged.
     """
@@ -52,6 +52,12 @@ class Run:
     unreadable: list[list[str]] = field(default_factory=list)
     bad_steps: list[dict[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether samples are to be seen: of texts, for example, a map is all that there is."""
+        only_map = self.map is not None and self.map.thumbnails is None
+        return not only_map or bool(self.pictures["views"] or self.pictures["neighbours"])
 
     @property
     def last_step(self) -> int | None:
@@ -88,9 +94,10 @@ def read_run(folder: Path, max_points: int = 600) -> Run:
     run.curves = read(table, lambda file: _curves(file, max_points, run.problems)) or {}
     run.histograms = read(lines, lambda file: _histograms(file, run.problems)) or []
     run.pictures = _pictures(folder / "pictures")
-    for kind in [kind for kind, files in run.pictures.items() if not files]:
-        run.problems.append(f"pictures/ has no {kind}")
     run.map = read("pictures/map.npz", read_map)
+    for kind in [kind for kind, files in run.pictures.items() if not files]:
+        if run.has_pictures or kind == "map":
+            run.problems.append(f"pictures/ has no {kind}")
     for file in sorted(folder.glob("checkpoints/*.json")):
         name = f"checkpoints/{file.name}"
         if (values := read(name, _mapping)) is not None:

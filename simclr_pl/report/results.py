@@ -7,7 +7,7 @@ HEADINGS = ("command", "checkpoint", "of what", "top-1, %", "95 % interval", "to
 _OF_WHAT = {
     "": "this encoder",
     "_init": "at initialisation",
-    "_pixels": "raw pixels",
+    "_raw": "no encoder",
     "_random": "from random initialisation",
     "_teacher": "its teacher",
 }
@@ -23,7 +23,8 @@ def result_rows(results: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]
     rows = []
     for file, values in results:
         checkpoint, _, command = file.removesuffix(".json").rpartition(".")
-        for suffix, what in _OF_WHAT.items():
+        named = {**_OF_WHAT, "_raw": str(values.get("raw_name") or _OF_WHAT["_raw"])}
+        for suffix, what in named.items():
             top1 = _percent(values.get(f"top1{suffix}"))
             if top1:
                 where = (command, checkpoint, _where(values)) if not suffix else ("", "", "")
