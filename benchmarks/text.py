@@ -5,10 +5,11 @@
 
 Compared are the features of the trained encoder, of the same encoder at initialisation, the bag of words
 (log(1 + count) of each token, in the same view that the encoder sees, the first 64 tokens), and tf-idf,
-log(1 + count) times the inverse document frequency, of whole documents. kNN: k = 20, cosine, weights
-exp(s / 0.07). Linear: scikit-learn's logistic regression with C = 10 on rows of length 1. Both learn from
-the training files and are scored on held-out ones. Spearman: of the cosine of two texts with the score of
-the pair, of pairs.csv. What is not trained is printed once. Needs the extra `text`.
+log(1 + count) times the inverse document frequency, of the same tokens and of whole documents. kNN:
+k = 20, cosine, weights exp(s / 0.07). Linear: scikit-learn's logistic regression with C = 10 on rows of
+length 1. Both learn from the training files and are scored on held-out ones. Spearman: of the cosine of
+two texts with the score of the pair, of pairs.csv. What is not trained is printed once. Needs the extra
+`text`.
 """
 
 import argparse
@@ -121,7 +122,9 @@ def benchmark(seeds: list[int], root: str, runs: str) -> None:
         assert isinstance(augment, TextAugment)
         if not number:
             whole = TextAugment(source.vocab_size, max_length=ENOUGH)
-            show("bag of words", scores(counted(tokens, augment), source, texts))
+            counts = counted(tokens, augment)
+            show("bag of words", scores(counts, source, texts))
+            show("tf-idf, the same tokens", scores(weighted(counts), source, texts))
             show("tf-idf, whole documents", scores(weighted(counted(tokens, whole)), source, texts))
         torch.manual_seed(seed)
         encoders = {"trained": subject.encoder, "at initialisation": subject.build()[0]}

@@ -77,7 +77,7 @@ def main() -> None:
     """Runs all variants and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--sigma", default="32", help="of the raw Euclidean variants")
+    parser.add_argument("--sigma", default="51.2", help="of the raw Euclidean variants")
     parser.add_argument("--only", default="", help="variants whose name holds this text")
     args = parser.parse_args()
     chosen = {name: options for name, options in VARIANTS.items() if args.only in name}

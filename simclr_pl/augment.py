@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from simclr_pl.augmentation import Augmentation, Rows, Table
-from simclr_pl.crop_kernels import resize
 from simclr_pl.errors import InputError
 from simclr_pl.image_operations import blur, grey, jitter_colour, rotate_shift, to_float
 from simclr_pl.keyed_random import Stream, keys, uniforms
@@ -245,6 +244,8 @@ class Augment(Augmentation):
 
     def prepare(self, samples: Sequence[Any], rows: Rows | None) -> Table:
         """Crops opened images, which have `height`, `width` and `pixels()` (H, W, C) uint8."""
+        from simclr_pl.crop_kernels import resize  # numba takes a while to import
+
         height, width = (np.array([getattr(s, n) for s in samples]) for n in ("height", "width"))
         if rows is None:
             crops, table = self.clean_crops(height, width), {}

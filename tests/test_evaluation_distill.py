@@ -161,5 +161,5 @@ def test_a_weight_of_labels_that_are_not_there_is_an_error() -> None:
     source.open = lambda: None  # type: ignore[method-assign]
     module = Distill(classifier(), classifier(), labelled_weight=0.1)
     data = ContrastiveDataModule(source, 1, 1)
-    with pytest.raises(InputError, match=r"`labelled_weight` needs labelled training images"):
+    with pytest.raises(InputError, match=r"`labelled_weight` needs labelled training samples"):
         tiny_trainer([], limit_val_batches=0).fit(module, datamodule=data)
