@@ -79,7 +79,7 @@ _GROUPS: dict[str, dict[str, Verb]] = {
     },
     "Data": {
         "data": Verb(
-            "Check, describe and pack sets of images.",
+            "Check, describe and clean sets of any kind, pack those of images.",
             "simclr data check FOLDER",
             "simclr_pl.data.commands:COMMANDS",
         ),

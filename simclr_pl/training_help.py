@@ -20,7 +20,7 @@ _FIRST = {
         "track_checkpoint",
     ),
     "Start": ("resume", "ckpt_path"),
-    "Images": ("data.source", "data.augment", "data.global_batch_size", "data.num_workers"),
+    "Data": ("data.source", "data.augment", "data.global_batch_size", "data.num_workers"),
     "Model and loss": (
         "model.encoder",
         "model.projector",

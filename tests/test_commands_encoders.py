@@ -140,6 +140,15 @@ def test_the_runs_own_images_are_the_default_and_all_are_in_the_bank(run: Path) 
     assert (len(data.samples("bank")), data.eval_batch_size, data.seed) == (100, 32, 3)
 
 
+def test_as_much_may_be_unreadable_as_in_the_run(run: Path) -> None:
+    subject = load_subject(str(run))
+    assert data_for(subject).max_bad_fraction == 0.05
+    assert subject.config is not None
+    subject.config["data"]["max_bad_fraction"] = 0.3
+    assert data_for(subject).max_bad_fraction == 0.3
+    assert data_for(subject, max_bad_fraction=0.1).max_bad_fraction == 0.1
+
+
 def test_other_images_are_seen_as_the_run_saw_its_own(tmp_path: Path) -> None:
     config = digits_folder(tmp_path / "images", 12)
     views = ["--data.augment", "simclr_pl.augment.digits", "--data.augment.size", "24"]

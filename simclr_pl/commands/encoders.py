@@ -236,6 +236,9 @@ def data_for(
             f"{channels}. Give a YAML config as `dataset`, e.g. with {remedy} for an ImageFolder under "
             "`data.source.init_args`."
         )
+    of_run = (subject.config or {}).get("data", {})
+    if "max_bad_fraction" in of_run:  # what the run put up with
+        options.setdefault("max_bad_fraction", of_run["max_bad_fraction"])
     return ContrastiveDataModule(
         source,
         augment=augment,
