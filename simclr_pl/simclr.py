@@ -187,8 +187,9 @@ class SimCLR(LightningModule):
         label = batch["label"]
         outputs = {"loss": loss, "features": h.detach(), "projections": z.detach()}
         outputs |= {"label": label, "index": batch["index"]}
-        outputs["row_label"] = batch.get("row_label", label.repeat(len(views)))
-        return outputs | ({"ids": batch["ids"]} if "ids" in batch else {})
+        if "ids" in batch:
+            return outputs | {"row_label": batch["row_label"], "ids": batch["ids"]}
+        return outputs | {"row_label": label.repeat(len(views))}
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self(x)  # (n, E)

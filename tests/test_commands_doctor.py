@@ -238,9 +238,16 @@ ONE = [Kind(2, (1, 32, 32))]  # what the views of a digit are like
 
 def test_memory_and_time_of_a_step_are_carried_on_as_they_grow() -> None:
     arguments = [*SMALL, "--model.encoder.width", "16"]
-    (outcome,) = in_children(1, step.measure, arguments, ONE, 512, 2**34, 60.0, 1, seconds=90)
-    assert outcome.ending == ""
-    about, *tried = outcome.messages
+    shares = []
+    for _ in range(3):  # beside other work an allocator may keep more of the steps before
+        (outcome,) = in_children(1, step.measure, arguments, ONE, 512, 2**34, 60.0, 1, seconds=90)
+        assert outcome.ending == ""
+        about, *tried = outcome.messages
+        measured = [step.Measured(*m) for m in tried]
+        forecast = step.carry_on(measured[:-1], 512, None, 0)
+        idle, whole = measured[0].peak, measured[-1].peak
+        shares.append((forecast.peak - idle) / (whole - idle))
+    assert sorted(shares)[1] == pytest.approx(1, rel=0.25)
     model = build(arguments).model
     weights = sum(v.numel() * v.element_size() for v in model.state_dict().values())
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -248,13 +255,8 @@ def test_memory_and_time_of_a_step_are_carried_on_as_they_grow() -> None:
     steps = 4 * len(trained)
     assert about["checkpoint"] == weights + moments + steps
     assert about["rate"] == 0.004
-    measured = [step.Measured(*m) for m in tried]
     assert [m.samples for m in measured] == [0, 2, 4, 8, 16, 32, 64, 128, 256, 512]
-    forecast = step.carry_on(measured[:-1], 512, None, 0)
-    idle, whole = measured[0].peak, measured[-1].peak
     assert not forecast.measured
-    # Mostly within 6 %; what the allocator keeps of the steps before varies beside other work.
-    assert forecast.peak - idle == pytest.approx(whole - idle, rel=0.4)
     assert step.carry_on(measured, 512, None, 0).peak == whole
 
 

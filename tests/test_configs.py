@@ -173,16 +173,19 @@ def test_views_are_those_of_the_source(preset: tuple[str, Built]) -> None:
 
 
 def test_rotation_and_statistics_are_options_of_every_image_preset(
-    preset: tuple[str, Built], tmp_path: Path
+    preset: tuple[str, Built], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, cli = preset
     own = cli.datamodule.augment
-    if not isinstance(own, Augment):
-        pytest.skip("not of images")
+    turned = ["--config", name, "--data.augment.init_args.rotation", "15"]
+    if not isinstance(own, Augment):  # sounds and texts cannot be turned, and it says so
+        with pytest.raises(SystemExit):
+            cli._parser("fit").parse_args(turned)
+        assert "Option 'rotation' is not accepted" in capsys.readouterr().err
+        return
     found = Moments((0.11, 0.22, 0.33), (0.44, 0.55, 0.66), images=1, pixels=1, unreadable=0)
     write_moments(tmp_path / "stats.yaml", found, ["# of a test"])
-    words = ["--config", name, "--config", str(tmp_path / "stats.yaml")]
-    words += ["--data.augment.init_args.rotation", "15"]
+    words = [*turned, "--config", str(tmp_path / "stats.yaml")]
     given = cli._parser("fit").parse_args(words).data
     parser = ArgumentParser(exit_on_error=False)  # of the data alone: no model is built again
     parser.add_class_arguments(ContrastiveDataModule, "data")

@@ -3,7 +3,7 @@
 Symbols: B samples of this rank's batch, V views, C channels, S side of a view.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -140,7 +140,6 @@ class ContrastiveDataModule(LightningDataModule):
             self.source.open()
             self._check_augment()
             sets = {name: getattr(self.source, name) for name in ("train", "bank", "query")}
-            self._report_opening(sum(map(len, sets.values())))
             held = sets
             if self._is_of_images and self.resident != "none":
                 held = hold(
@@ -152,6 +151,9 @@ class ContrastiveDataModule(LightningDataModule):
                     quiet=self._rank > 0,
                 )
             self._sets = {**held, "bank": labelled_part(held["bank"], self.bank_size, self.seed)}
+            if self._rank == 0:
+                say_converted(self.source.converted)
+            self._note(self.source.left_out, quiet=self._rank > 0)  # the same on every rank
         if self.global_batch_size % self._world_size:
             raise InputError(
                 f"`global_batch_size` must divide by the number of ranks; got "
@@ -179,13 +181,11 @@ class ContrastiveDataModule(LightningDataModule):
     def _is_of_images(self) -> bool:
         return isinstance(self.augment, Augment)
 
-    def _report_opening(self, total: int) -> None:
-        """Says once, on one rank, what opening the source found."""
-        if self._rank == 0:
-            say_converted(self.source.converted)
-        left_out = self.source.left_out
-        total += len(left_out)
-        note(self.unreadable, left_out, total, self.max_bad_fraction, quiet=self._rank > 0)
+    def _note(self, found: Iterable[tuple[str, str]], quiet: bool = False) -> None:
+        """Reports what cannot be read, as a share of all that the source has."""
+        total = sum(len(self.samples(name)) for name in ("train", "query"))
+        total += len(self.source.left_out)
+        note(self.unreadable, found, total, self.max_bad_fraction, quiet)
 
     def samples(self, name: str) -> Images:
         """The open set "train", "bank" or "query". After `setup`."""
@@ -340,8 +340,7 @@ class ContrastiveDataModule(LightningDataModule):
         Raises:
             InputError: more than ``max_bad_fraction`` of the samples cannot be read.
         """
-        total = len(self.samples("train")) + len(self.samples("query"))
-        note(self.unreadable, batch.get("unreadable", ()), total, self.max_bad_fraction)
+        self._note(batch.get("unreadable", ()))
         result: Batch = {
             key: batch[key] for key in ("label", "index", "ids", "row_label") if key in batch
         }
