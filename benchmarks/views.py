@@ -162,9 +162,9 @@ def ours(images: Any, augment: Augment, ends: str, on_device: bool = False) -> W
         assert "unreadable" not in batch, batch["unreadable"]
         (group,) = batch["groups"]
         if on_device and ends != "torch":
-            rows = images.pixels.permute(0, 2, 3, 1).numpy()
             out = recycled((len(block), 2, augment.size, augment.size, 3), np.uint8)
-            crop_rows(rows, batch["index"].numpy(), group["crops"].numpy(), out)
+            which = batch["index"].numpy(), group["crops"].numpy()
+            crop_rows(images.flat.numpy(), images.start, images.sides, *which, out)
             group["images"] = torch.from_numpy(out).permute(0, 1, 4, 2, 3)
         if ends == "uint8":
             return

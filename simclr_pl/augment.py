@@ -3,8 +3,9 @@
 Two steps. `Augment.draw` makes, in numpy and in the loader, every random choice about a batch as a
 table of finished parameters. `Augment.apply` applies such a table on any device: no random number is
 drawn there, and the device is never waited for. So a view can be replayed, and compared with
-torchvision, from its table. Two backends read it: compiled loops over single images on the CPU
-(`simclr_pl.image_kernels`), batched torch elsewhere (`simclr_pl.image_operations`).
+torchvision, from its table. Three backends read it: compiled loops over single images on the CPU
+(`simclr_pl.image_kernels`), Triton's kernels on a GPU (`simclr_pl.view_kernels`), and where neither
+can serve, batched torch (`simclr_pl.image_operations`).
 
 Symbols: B images, V views, N = V*B rows, C channels, S side of a view.
 """
@@ -280,6 +281,8 @@ class Augment(Augmentation):
         colours = table.keys() & {"order", "grey", "sigma", "solarise"}
         if images.device.type == "cpu" and images.shape[2] == 3 and colours:
             return self._apply_compiled(images, table)
+        if view_kernels_serve(images):
+            return self._apply_kernels(images, table)
         return self.apply_batched(images, table)
 
     def apply_batched(self, images: Tensor, table: Table) -> Tensor:
@@ -294,6 +297,10 @@ class Augment(Augmentation):
         if "grey" in rows and x.shape[1] == 3:
             some = rows["grey_rows"]
             x.index_copy_(0, some, grey(x[some]))
+        return self._blur_and_finish(x, rows)
+
+    def _blur_and_finish(self, x: Tensor, rows: Table) -> Tensor:
+        """What comes after grey, in place where it can be; ``rows`` is by row."""
         if "sigma" in rows:
             some = rows["blur_rows"]
             x.index_copy_(0, some, blur(x[some], rows["sigma"][some], self._blur_radius()))
@@ -301,6 +308,18 @@ class Augment(Augmentation):
             inverted = torch.where(x >= 0.5, 1 - x, x)
             x = torch.where(rows["solarise"][:, None, None, None], inverted, x)
         return self.normalise(x)
+
+    def _apply_kernels(self, images: Tensor, table: Table) -> Tensor:
+        from simclr_pl.view_kernels import colour_rows_on_gpu  # triton is not everywhere
+
+        if "angle" in table:
+            x = rotate_shift(to_float(_rows(images)), _rows(table["angle"]), _rows(table["shift"]))
+            images = x.unflatten(0, (images.shape[1], images.shape[0])).transpose(0, 1)
+        x = colour_rows_on_gpu(images, table, self.mean, self.std)
+        if "sigma" not in table:
+            return x
+        rows: Table = {n: _rows(table[n]) for n in ("sigma", "solarise") if n in table}
+        return self._blur_and_finish(x, rows | {"blur_rows": table["blur_rows"]})
 
     def _apply_compiled(self, images: Tensor, table: Table) -> Tensor:
         from simclr_pl.image_kernels import colour_rows  # numba takes a while to import
@@ -434,6 +453,18 @@ def digits(
 def _by_view(value: np.ndarray) -> np.ndarray:
     """(B,) -> (B, 1); (B, V) as it is."""
     return value[:, None] if value.ndim == 1 else value
+
+
+def view_kernels_serve(pixels: Tensor) -> bool:
+    """Whether `simclr_pl.view_kernels` can work on them: (..., C, H, W) on a GPU that Triton knows."""
+    if not pixels.is_cuda or pixels.shape[-3] not in (1, 3):
+        return False
+    try:
+        from simclr_pl.loss_triton import can_start
+    except ImportError:  # triton comes with torch for some systems only
+        return False
+    # Triton compiles for compute capability 7.5 and later.
+    return torch.cuda.get_device_capability(pixels.device) >= (7, 5) and can_start()
 
 
 def _rows(value: Tensor) -> Tensor:

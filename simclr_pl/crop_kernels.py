@@ -8,8 +8,8 @@ instructions; along the rows it would gather single bytes. So the image is trans
 the columns, transposed back, and filtered along the columns again. From 400 x 300 to 224 pixels that
 takes 123 us, a low-pass with `cv2.resize`, which only comes near the filter, 188, and Pillow 793.
 
-Symbols: M images in a set, B images of a batch, V views, C channels, H x W pixels of an image, S side
-of a view.
+Symbols: M images in a set, P pixels of all of them, B images of a batch, V views, C channels, H x W
+pixels of an image, S side of a view.
 """
 
 import math
@@ -136,11 +136,22 @@ def _transposed(image: np.ndarray, purpose: str) -> np.ndarray:
 
 @_compiled
 def _crop_range(
-    pixels: Any, index: Any, crops: Any, channels: int, out: Any, start: int, stop: int
+    flat: Any,
+    begin: Any,
+    sides: Any,
+    index: Any,
+    crops: Any,
+    channels: int,
+    out: Any,
+    start: int,
+    stop: int,
 ) -> None:
-    """``pixels`` (M, H, W*C) to ``out`` (B, V, S, S*C), images ``start`` to ``stop`` of the batch."""
+    """``flat`` (P*C,) to ``out`` (B, V, S, S*C), images ``start`` to ``stop`` of the batch."""
     size = out.shape[2]
-    largest = max(pixels.shape[1], pixels.shape[2] // channels)
+    largest = 1
+    for b in range(start, stop):
+        for v in range(crops.shape[1]):
+            largest = max(largest, crops[b, v, 2], crops[b, v, 3])
     most = 2 * math.ceil(max(largest / size, 1.0)) + 1
     first, taps = np.empty(size, np.int64), np.empty(size, np.int64)
     weights = np.empty((size, most), np.int32)
@@ -149,14 +160,15 @@ def _crop_range(
     down = np.empty((largest, size * channels), np.uint8)
     total = np.empty(max(size, largest) * channels, np.int32)
     for b in range(start, stop):
-        image = pixels[index[b]]
+        image, full_width = begin[index[b]], sides[index[b], 1]
         for v in range(crops.shape[1]):
             top, left, height, width, flip = crops[b, v]
             for y in range(height):
-                row = image[top + y]
+                at = (image + (top + y) * full_width + left) * channels
+                row = flat[at : at + width * channels]
                 for x in range(width):
                     for c in range(channels):
-                        across[x, y * channels + c] = row[(left + x) * channels + c]
+                        across[x, y * channels + c] = row[x * channels + c]
             _filter(width, size, first, taps, weights)
             _columns(across, height * channels, size, flip, narrow, total, first, taps, weights)
             for x in range(size):
@@ -168,21 +180,29 @@ def _crop_range(
             _columns(down, size * channels, size, 0, out[b, v], total, first, taps, weights)
 
 
-def crop_rows(pixels: np.ndarray, index: np.ndarray, crops: np.ndarray, out: np.ndarray) -> None:
+def crop_rows(
+    flat: np.ndarray,
+    start: np.ndarray,
+    sides: np.ndarray,
+    index: np.ndarray,
+    crops: np.ndarray,
+    out: np.ndarray,
+) -> None:
     """Crops, flips and resizes the images of a batch, as `resize` does each view.
 
     Args:
-        pixels: (M, H, W, C) uint8, contiguous.
+        flat: (P, C) uint8, contiguous, the pixels of M images of any sizes.
+        start: (M,) int64, the first pixel of each.
+        sides: (M, 2) int64, height and width of each.
         index: (B,) int64, which of the images.
         crops: (B, V, 5) int64 from `Augment.draw_crops`.
         out: (B, V, S, S, C) uint8 to fill in, contiguous.
     """
-    m, height, width, channels = pixels.shape
-    n_images, n_views, size = out.shape[:3]
-    rows = pixels.reshape(m, height, width * channels)
+    n_images, n_views, size, _, channels = out.shape
     views = out.reshape(n_images, n_views, size, size * channels)
+    values = flat.reshape(-1)
 
     def work(first: int, last: int) -> None:
-        _crop_range(rows, index, crops, channels, views, first, last)
+        _crop_range(values, start, sides, index, crops, channels, views, first, last)
 
     in_threads(work, n_images)

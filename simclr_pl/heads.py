@@ -105,7 +105,7 @@ class LinearHeads:
             loss, hits, slope = _cross_entropy(layers[-1], label)
             gradient = self._backward(x, layers, slope)
             local = torch.cat([gradient, loss[:, None], hits[:, None]], 1)  # (G, P + 2)
-            count = torch.stack([(label >= 0).sum(), label.new_tensor(len(label))]).float()
+            count = torch.stack([(label >= 0).sum(), label.new_full((), len(label))]).float()
             moments = [x.sum(0), x.square().sum(0)] if self.online else []
             # Any rank's NaN or infinity makes the sum non-finite on every rank.
             flat = all_reduce_sum(torch.cat([local.flatten(), count, *moments]))

@@ -1,7 +1,7 @@
 """The operations of the augmentation: pure functions on batches, with parameters for each image.
 
-Symbols: B images, V views, C channels, H x W pixels of an image, S side of a view, n any number of
-images. Images are float in [0, 1] unless said otherwise.
+Symbols: B images, V views, C channels, H x W pixels of an image, P pixels of many images, S side of a
+view, n any number of images. Images are float in [0, 1] unless said otherwise.
 
 Nothing here waits for the device: no number is read back, and which rows an operation concerns is
 known on the host before.
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_GATHERED = 2**24  # pixels gathered at once, by 8 bytes of index each
 _GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's; ITU-R 601-2
 
 
@@ -47,6 +48,51 @@ def crop_resize(pixels: Tensor, crops: Tensor, size: int) -> Tensor:
     x = x.view(*across.shape[:2], size * channels, full_width) @ across.mT  # (B, V, S*C, S)
     x = x.add_(0.5).to(torch.uint8)  # rounds; means of pixels are in [0, 255]
     return x.view(*across.shape[:2], size, channels, size).transpose(2, 3)  # (B, V, C, S, S)
+
+
+def crop_resize_mixed(
+    flat: Tensor,
+    start: Tensor,
+    width: Tensor,
+    crops: Tensor,
+    size: int,
+    largest: tuple[int, int],
+) -> Tensor:
+    """`crop_resize` of images that differ in size, which lie one behind the other.
+
+    Each crop is gathered by itself, padded to the largest one.
+
+    Args:
+        flat: (P, C) uint8, the pixels of the images, row by row.
+        start: (B,) int64, the first pixel of each image in ``flat``.
+        width: (B,) int64 of each image, in pixels.
+        crops: (B, V, 5) int64 from `Augment.draw_crops`, on the same device.
+        size: S.
+        largest: height and width of the largest crop, known on the host, in pixels.
+
+    Returns:
+        (B, V, C, S, S) uint8, within 1 of PIL's crop and resize.
+    """
+    n_views = crops.shape[1]
+    start, width = (x.repeat_interleave(n_views)[:, None] for x in (start, width))  # (B*V, 1)
+    rows = crops.flatten(0, 1)
+    at_once = max(1, _GATHERED // (largest[0] * largest[1]))
+    parts = zip(start.split(at_once), width.split(at_once), rows.split(at_once), strict=True)
+    views = torch.cat([_crop_gathered(flat, *part, size, largest) for part in parts])
+    return views.view(-1, n_views, *views.shape[1:])
+
+
+def _crop_gathered(
+    flat: Tensor, start: Tensor, width: Tensor, crops: Tensor, size: int, largest: tuple[int, int]
+) -> Tensor:
+    """Some rows (n, ...) of `crop_resize_mixed`: (n, C, S, S)."""
+    top, left, height, across, _ = crops[..., None].unbind(1)  # (n, 1) each
+    y, x = (torch.arange(side, device=flat.device) for side in largest)
+    # The padding shows the last row and column: any pixel would do, for it has no weight.
+    down = start + (top + torch.minimum(y, height - 1)) * width  # (n, H)
+    pixel = down[:, :, None] + (left + torch.minimum(x, across - 1))[:, None]  # (n, H, W)
+    corner = torch.cat([torch.zeros_like(crops[:, :2]), crops[:, 2:]], 1)
+    return crop_resize(flat[pixel].permute(0, 3, 1, 2), corner[:, None], size)[:, 0]
 
 
 def _resize_weights(start: Tensor, length: Tensor, size: int, full: int) -> Tensor:

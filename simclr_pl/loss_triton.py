@@ -171,8 +171,8 @@ def can_start() -> bool:
         triton.runtime.driver.active.get_current_target()
     except Exception as error:  # of many types: no compiler, no Python.h, no driver
         warnings.warn(
-            f"Triton cannot start, so the loss takes its slower path ({error}). Triton needs a C "
-            "compiler and the headers of Python: install gcc and python3-dev.",
+            f"Triton cannot start, so loss and views take their slower paths ({error}). Triton needs a "
+            "C compiler and the headers of Python: install gcc and python3-dev.",
             stacklevel=2,
         )
         return False

@@ -20,6 +20,7 @@ class Encoder(nn.Module):
             both have is taken from timm; "torchvision/resnet50" or "timm/resnet50" says which.
         small_stem: for ResNets, a 3x3 convolution of stride 1 and no pool in place of the 7x7 stem, as
             the paper does for CIFAR-10 (appendix B.9).
+        stem_stride: of that convolution; 2 quarters the pixels of all layers, and nearly the time.
         width: multiplies the number of channels of every layer of a ResNet, as in the paper's 2x and
             4x models.
         in_channels: channels of the images.
@@ -36,11 +37,17 @@ class Encoder(nn.Module):
         self,
         name: str = "resnet50",
         small_stem: bool = False,
+        stem_stride: int = 1,
         width: float = 1.0,
         in_channels: int = 3,
         pretrained: bool = False,
     ) -> None:
         super().__init__()
+        if stem_stride < 1 or (stem_stride > 1 and not small_stem):
+            raise InputError(
+                "`stem_stride` must be >= 1, and 1 without `small_stem`; got "
+                f"{stem_stride} and small_stem={small_stem}. Set `encoder.stem_stride`."
+            )
         library, short_name = _find(name)
         if library == "timm":
             model, self.num_features = _timm_model(short_name, width, in_channels, pretrained)
@@ -52,7 +59,7 @@ class Encoder(nn.Module):
                 )
             model, self.num_features = _torchvision_model(short_name, in_channels, pretrained)
         if small_stem:
-            _shrink_stem(model, name)
+            _shrink_stem(model, name, stem_stride)
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,14 +169,14 @@ def _torchvision_model(name: str, in_channels: int, pretrained: bool) -> tuple[n
     return model, int(width)  # type: ignore[arg-type]
 
 
-def _shrink_stem(model: nn.Module, name: str) -> None:
+def _shrink_stem(model: nn.Module, name: str, stride: int) -> None:
     stem = getattr(model, "conv1", None)
     if not isinstance(stem, nn.Conv2d) or not hasattr(model, "maxpool"):
         raise InputError(
             f"`small_stem` needs a ResNet with a 7x7 stem; {name!r} has none. "
             "Leave `small_stem` false."
         )
-    model.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, 1, 1, bias=False)
+    model.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, stride, 1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
 

@@ -168,18 +168,22 @@ def lr_factor(scaling: LRScaling, global_batch_size: int) -> float:
     return math.sqrt(global_batch_size) if scaling == "sqrt" else 1.0
 
 
-def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
-    """The learning rate at a step as a fraction of its peak: linear warm-up, cosine to 0.
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int, cycles: int = 1) -> float:
+    """The learning rate at a step as a fraction of its peak: linear warm-up, cosines to 0.
 
-    It equals the authors' `WarmUpAndCosineDecay`: the warm-up starts at 0, and the cosine spans the
-    steps after it.
+    With one cycle it equals the authors' `WarmUpAndCosineDecay`: the warm-up starts at 0, and the cosine
+    spans the steps after it. More cycles share these steps equally, each from the peak: the warm
+    restarts of Loshchilov and Hutter (arXiv:1608.03983, equation 5, with T_mult = 1).
 
     Args:
         step: the update about to be made, from 0.
         warmup_steps: updates of the warm-up.
         total_steps: updates of the whole run.
+        cycles: cosines, at least 1.
     """
     if step < warmup_steps:
         return step / warmup_steps
-    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    length = max(1, total_steps - warmup_steps)  # of all cycles
+    cycle, place = divmod((step - warmup_steps) * cycles, length)
+    done = place / length if cycle < cycles else 1.0
     return 0.5 * (1.0 + math.cos(math.pi * done))

@@ -150,7 +150,7 @@ class MetricsTable(CSVLogger):
 
 
 class _Rows(ExperimentWriter):
-    """Keeps the rows that are there."""
+    """Keeps the rows that are there, and leaves hparams.yaml alone, which Lightning writes with each."""
 
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)
@@ -158,6 +158,10 @@ class _Rows(ExperimentWriter):
         if table.is_file():
             with table.open(newline="") as lines:
                 self.metrics_keys = next(csv.reader(lines), [])
+
+    def save(self) -> None:
+        """Appends the new rows; `log_hparams` writes its file by itself."""
+        super(ExperimentWriter, self).save()
 
     def _check_log_dir_exists(self) -> None:
         """Where Lightning's deletes the table."""

@@ -5,10 +5,10 @@ Symbols: B images on this rank, V views, E feature width, D projection width, h 
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,7 +21,10 @@ from simclr_pl.losses import NTXentLoss, Statistics
 from simclr_pl.models import Projector, feature_width
 from simclr_pl.optim import LARS, LRScaling, lr_factor, parameter_groups, warmup_cosine
 from simclr_pl.secrets import masked, plain
-from simclr_pl.strategies import check_strategy, ranks_to_share, shard
+from simclr_pl.strategies import check_strategy, pays_to_compile, ranks_to_share, shard
+
+if TYPE_CHECKING:
+    from simclr_pl.callbacks.step_log import StepLog
 
 Batch = dict[str, Tensor]
 
@@ -43,17 +46,24 @@ class SimCLR(LightningModule):
         lr_scaling: how the base rate grows with the global batch: "linear" batch / 256, "sqrt"
             sqrt(batch), or "none".
         warmup_epochs: epochs of linear warm-up; a cosine to 0 follows, step by step.
+        lr_cycles: cosines after the warm-up, of equal length, each from the peak to 0.
         seed: fixes dropout and the like; a step's random numbers depend on (seed, step, rank) alone.
         batch_norm_ranks: ranks that share the statistics of batch norm, in groups of so many; by default
             each has its own. For all ranks set `trainer.sync_batchnorm` to true instead.
+        compile: train encoder and projector as `torch.compile` makes them, once for each size of views,
+            which takes about a minute; by default on a GPU, where a run has 5,000 steps or more and
+            neither `encode_chunk`, nor shared statistics, nor shards of weights. Results then differ
+            by rounding.
 
     Attributes:
         num_features: the feature width E.
 
     Raises:
-        InputError: temperature <= 0, warmup_epochs < 0, encode_chunk < 1, batch_norm_ranks < 1, or the
-            encoder's output is no feature vector.
+        InputError: temperature <= 0, warmup_epochs < 0, lr_cycles < 1, encode_chunk < 1,
+            batch_norm_ranks < 1, or the encoder's output is no feature vector.
     """
+
+    _step_log: "StepLog | None" = None
 
     def __init__(
         self,
@@ -65,14 +75,18 @@ class SimCLR(LightningModule):
         optimizer: Callable[[Iterable[Any]], Optimizer] = LARS,
         lr_scaling: LRScaling = "linear",
         warmup_epochs: float = 10.0,
+        lr_cycles: int = 1,
         seed: int = 0,
         batch_norm_ranks: int = 1,
+        compile: bool | None = None,
     ) -> None:
         super().__init__()
         if warmup_epochs < 0:
             raise InputError(
                 f"`warmup_epochs` must be >= 0; got {warmup_epochs}. Set `model.warmup_epochs`."
             )
+        if lr_cycles < 1:
+            raise InputError(f"`lr_cycles` must be >= 1; got {lr_cycles}. Set `model.lr_cycles`.")
         if encode_chunk is not None and encode_chunk < 1:
             raise InputError(
                 f"`encode_chunk` must be >= 1; got {encode_chunk}. Set `model.encode_chunk`, or null."
@@ -101,9 +115,11 @@ class SimCLR(LightningModule):
         self.encode_chunk = encode_chunk
         self.optimizer = optimizer
         self.lr_scaling = lr_scaling
-        self.warmup_epochs = warmup_epochs
+        self.warmup_epochs, self.lr_cycles = warmup_epochs, lr_cycles
         self.seed = seed
         self.batch_norm_ranks = batch_norm_ranks
+        self.compile_encoder = compile
+        self._compiled: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # while training
 
     def setup(self, stage: str) -> None:
         """Checks that there are pairs to learn from; lets ranks share the statistics of batch norm.
@@ -152,10 +168,42 @@ class SimCLR(LightningModule):
             x = x.to(memory_format=torch.channels_last)
         return self.encoder(x)  # type: ignore[no-any-return]
 
+    def on_train_start(self) -> None:
+        """Has torch compile what encodes, at the first step."""
+        wanted = self.compile_encoder
+        if wanted is None:
+            wanted = self.encode_chunk is None and pays_to_compile(self.trainer, self)
+        self._compiled = torch.compile(self._encode, dynamic=False) if wanted else None
+
+    def on_train_end(self) -> None:
+        """Leaves a module that can be copied and pickled."""
+        self._compiled = None
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Adds what brings the numbers of steps to the loggers, where it is missing."""
+        from simclr_pl.callbacks.step_log import StepLog
+
+        self._step_log = StepLog.of(self.trainer)
+        return [] if self._step_log in self.trainer.callbacks else [self._step_log]  # type: ignore[attr-defined]
+
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        """Lightning's; a step's number goes by `StepLog`, without a wait for the device."""
+        log = None if args else self._step_log
+        if log is None or not log.take(self.trainer, name, value, **options):
+            super().log(name, value, *args, **options)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds torch for this step, so that a resumed run draws what an uninterrupted one does."""
         step = self.trainer.fit_loop.total_batch_idx
-        torch.manual_seed(int(keys(self.seed, Stream.STEP, step, self.global_rank) >> 1))
+        seed = int(keys(self.seed, Stream.STEP, step, self.global_rank) >> 1)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 75 us, for all devices
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Sends off what the step has logged."""
+        if self._step_log is not None:
+            self._step_log.end_step(self.trainer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One step on the views of a batch: one forward for each size of views.
@@ -174,7 +222,8 @@ class SimCLR(LightningModule):
             ``label`` (B,), ``index`` (B,), ``row_label`` (V*B,), and ``ids`` if given.
         """
         sizes = [batch[name] for name in ("views", "small_views") if name in batch]
-        parts = [encode_in_chunks(self._encode, x, self.encode_chunk, self) for x in sizes]
+        encode = self._compiled or self._encode
+        parts = [encode_in_chunks(encode, x, self.encode_chunk, self) for x in sizes]
         h, z = (torch.cat(rows) if len(sizes) > 1 else rows[0] for rows in zip(*parts, strict=True))
         statistics: list[Statistics] | None = [] if self._logs_this_step() else None
         views = z.view(-1, len(batch["index"]), z.shape[1])  # (V, B, D)
@@ -241,7 +290,8 @@ class SimCLR(LightningModule):
         steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         warmup_steps = round(self.warmup_epochs * steps_per_epoch)
         schedule = LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, warmup_steps, int(total_steps))
+            optimizer,
+            lambda step: warmup_cosine(step, warmup_steps, int(total_steps), self.lr_cycles),
         )
         return {
             "optimizer": optimizer,

@@ -22,6 +22,7 @@ from simclr_pl.callbacks import (
     Preemption,
     RunReport,
     RunSummary,
+    StepLog,
     ThroughputMonitor,
     Watchdog,
 )
@@ -95,7 +96,10 @@ def _page(verb: str) -> dict[str, str]:
 
 
 class _ProgressBar(RichProgressBar):
-    """Loss, accuracies and speed, without the run's version."""
+    """Loss, accuracies and speed, without the run's version; drawn 10 times a second, not 100."""
+
+    def __init__(self, refresh_rate: int = 10, **options: Any) -> None:
+        super().__init__(refresh_rate, **options)
 
     def get_metrics(self, trainer: Trainer, *args: Any) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, *args)
@@ -238,7 +242,7 @@ class SimCLRCLI(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             config["plugins"] = [*plugins, SafeCheckpointIO()]
-        config["callbacks"] = own
+        config["callbacks"] = [StepLog(), *own]
         if config["strategy"] == "fsdp":
             config["strategy"] = FullySharded()
         keys = ("name", "track", "track_checkpoint")

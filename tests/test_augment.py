@@ -20,7 +20,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from simclr_pl.augment import Augment, Table, digits, simclr_cifar, simclr_imagenet
 from simclr_pl.errors import InputError
-from simclr_pl.image_operations import crop_resize
+from simclr_pl.image_operations import crop_resize, crop_resize_mixed
 
 EVERYTHING: dict[str, Any] = {"rotation": 20.0, "shift": 0.2, "solarise": 0.3}
 NOTHING: dict[str, Any] = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0}
@@ -482,10 +482,22 @@ def test_crops_and_views_are_made_without_waiting_for_the_device(
         pixels = torch.empty(20, channels, 40, 50, dtype=torch.uint8, device=device)
         crops = torch.empty(20, 2, 5, dtype=torch.int64, device=device)
         with NoHost(device) as guard:
-            views = augment.apply(crop_resize(pixels, crops, 33), table)
+            views = augment.apply_batched(crop_resize(pixels, crops, 33), table)
     assert views.shape == (40, channels, 33, 33)
     assert views.device.type == device
     assert {"grid_sampler_2d", "index_copy", "reflection_pad2d", "where"} <= guard.seen
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_crops_of_mixed_sizes_are_made_without_waiting_for_the_device(device: str) -> None:
+    with FakeTensorMode() if device == "cuda" else nullcontext():
+        flat = torch.empty(90_000, 3, dtype=torch.uint8, device=device)
+        start, width = torch.empty(2, 20, dtype=torch.int64, device=device)
+        crops = torch.empty(20, 2, 5, dtype=torch.int64, device=device)
+        with NoHost(device) as guard:
+            views = crop_resize_mixed(flat, start, width, crops, 33, (1200, 1000))
+    assert views.shape == (20, 2, 3, 33, 33)
+    assert {"index", "bmm", "split"} <= guard.seen
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

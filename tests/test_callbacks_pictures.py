@@ -144,6 +144,19 @@ def test_the_views_are_those_of_the_first_batch(tmp_path: Path) -> None:
         assert len(places(page, scaled(noise(i, 16, 16), 6))) == 1
 
 
+def test_the_views_are_shown_by_the_augmentation_of_their_epoch(tmp_path: Path) -> None:
+    colour = [37, 91, 205]
+
+    class Plain(Augment):
+        def pictures(self, views: torch.Tensor) -> np.ndarray:
+            return np.broadcast_to(np.array(colour, np.uint8), (len(views), 8, 8, 3))
+
+    data = twins(augment_until={1: Plain(8)})
+    folder = run(tmp_path, [Pictures(n_images=3)], data, small_model(), max_epochs=2)
+    found = (read(folder / "views.png") == colour).all(2)
+    assert found.sum() == 6 * 96 * 96  # two views of three images, as large as those of 16 pixels
+
+
 def test_a_copy_of_the_query_is_its_nearest_neighbour(tmp_path: Path) -> None:
     page = read(run(tmp_path, [Pictures(n_images=5, n_neighbours=2)]) / "neighbours_1.png")
     found = [places(page, scaled(noise(i, 16, 16), 6)) for i in range(70)]

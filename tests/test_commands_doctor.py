@@ -19,7 +19,7 @@ from simclr_pl.callbacks import EvaluationPace
 from simclr_pl.cli import main
 from simclr_pl.doctor import machine, plan, sample, step
 from simclr_pl.doctor.children import in_children
-from simclr_pl.doctor.configured import Kind, build
+from simclr_pl.doctor.configured import Kind, build, kinds_of
 from simclr_pl.doctor.ranks import check_ranks
 
 SMALL = ["--config", QUICKSTART, "--model.encoder.width", "4", "--trainer.accelerator", "cpu"]
@@ -175,6 +175,16 @@ def test_ranks_that_hang_are_an_error() -> None:
 
 
 # The data.
+
+
+def test_memory_is_that_of_the_largest_views_of_any_epoch() -> None:
+    kinds = []
+    for side in (40, 16):
+        augment = f'{{"class_path": "simclr_pl.augment.digits", "init_args": {{"size": {side}}}}}'
+        cli = build([*SMALL, "--data.augment_until", f'{{"9": {augment}}}'])
+        assert [cli.datamodule.augment_at(epoch).size for epoch in (8, 9)] == [side, 32]
+        kinds += kinds_of(cli, 1)
+    assert kinds == [Kind(2, (1, 40, 40)), Kind(2, (1, 32, 32))]
 
 
 def look_at(folder: Path, **options: Any) -> dict[str, Any]:

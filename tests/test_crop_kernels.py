@@ -135,17 +135,21 @@ def test_images_of_many_sizes_do_not_disturb_each_other_in_many_threads() -> Non
 def test_a_batch_of_crops_equals_resizing_one_by_one(
     size: int, channels: int, threads: int
 ) -> None:
-    pixels = np.stack([noise(i, 37, 53, channels) for i in range(4)])
+    sides = np.array([(37, 53), (90, 41), (8, 150), (37, 53)])
+    images = [noise(i, *pair, channels) for i, pair in enumerate(sides.tolist())]
+    flat = np.concatenate([image.reshape(-1, channels) for image in images])
+    start = sides.prod(1).cumsum() - sides.prod(1)
     index = np.array([3, 0, 0, 2, 1])
-    crops = Augment(size).draw_crops(0, 0, index, 3, np.full(5, 37), np.full(5, 53))
+    crops = Augment(size).draw_crops(0, 0, index, 3, *sides[index].T)
     crops[1, 0] = [0, 0, 37, 53, 1]
     crops[2, 1] = [36, 52, 1, 1, 0]
-    crops[4, 2] = [30, 40, 7, 13, 1]
+    crops[3, 0] = [0, 0, 8, 150, 0]
+    crops[4, 2] = [83, 28, 7, 13, 1]
     out = np.empty((5, 3, size, size, channels), np.uint8)
     torch.set_num_threads(threads)
-    crop_rows(pixels, index, crops, out)
+    crop_rows(flat, start, sides, index, crops, out)
     for b in range(5):
         for v, (top, left, height, width, flipped) in enumerate(crops[b].tolist()):
-            part = pixels[index[b], top : top + height, left : left + width]
+            part = images[index[b]][top : top + height, left : left + width]
             expected = by_pillow(part.copy(), size, size)
             assert np.array_equal(out[b, v], expected[:, ::-1] if flipped else expected)

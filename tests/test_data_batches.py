@@ -107,6 +107,29 @@ def test_views_of_a_batch_are_those_made_one_by_one(n_views: int, p: float) -> N
     assert (max(marks) >= n_views) == bool(p)
 
 
+def test_views_of_an_epoch_are_those_of_its_own_augmentation() -> None:
+    class Doubled(Shaken):
+        def finish(self, table: dict[str, Any]) -> Tensor:
+            return 2 * super().finish(table)
+
+    class Negated(Shaken):
+        def prepare(self, samples: Sequence[Any], rows: Rows | None) -> dict[str, Any]:
+            return super().prepare([-sample for sample in samples], rows)
+
+    until: Any = {3: Negated(), 2: Doubled()}
+    data, plain = opened(augment_until=until), opened()
+    samples = data.samples("train")
+    for epoch in range(4):
+        for one, other in zip(batches(data, epoch), batches(plain, epoch), strict=True):
+            expected = other["views"].clone()
+            if epoch < 2:
+                expected *= 2
+            elif epoch == 2:
+                rows = np.stack([samples.open(i) for i in other["index"].tolist()])
+                expected[:, :LENGTH] -= 2 * torch.from_numpy(rows).float().repeat(2, 1)
+            torch.testing.assert_close(one["views"], expected)
+
+
 def test_workers_and_batch_sizes_change_no_view() -> None:
     by_sample = []
     for options in ({}, {"num_workers": 2}, {"global_batch_size": 6}):

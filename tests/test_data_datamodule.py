@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from ranks import on_ranks
@@ -27,8 +28,13 @@ from simclr_pl.augment import Augment, digits, simclr_imagenet
 from simclr_pl.data import DatasetSource, Digits, ImageFolder, Shards, Source
 from simclr_pl.data.batches import to_tensors
 from simclr_pl.data.decode import cut_crops, open_picture
+from simclr_pl.data.image_batches import ImageBatches
+from simclr_pl.data.image_stage import ImageStage
 from simclr_pl.data.pack import pack_source
+from simclr_pl.data.sampler import EvaluationSampler, KeyedSampler
+from simclr_pl.data.sources import ResidentImages, as_source
 from simclr_pl.image_operations import to_float
+from simclr_pl.text_augment import TextAugment
 
 SIZES = [(20, 30), (33, 17), (24, 24), (40, 16)]
 
@@ -148,9 +154,8 @@ def data_of(root: str | None, **options: Any) -> WatchedModule:
     if root is None:
         return watched(Digits(), global_batch_size=448, bank_size=45, eval_batch_size=32, **options)
     augment = simclr_imagenet(16, rotation=20.0, shift=0.1, solarise=0.3)
-    return watched(
-        ImageFolder(root), global_batch_size=8, augment=augment, eval_batch_size=3, **options
-    )
+    options = {"eval_batch_size": 3, "resident": "none", **options}
+    return watched(ImageFolder(root), global_batch_size=8, augment=augment, **options)
 
 
 def fit_and_predict(root: str | None, num_workers: int) -> tuple[Any, Any, Any]:
@@ -254,12 +259,12 @@ def batches(data: ContrastiveDataModule, loader: Any, name: str) -> list[dict[st
     return [data.make_views(batch, name) for batch in loader]
 
 
-@pytest.mark.parametrize("n_views", [2, 3])
-def test_a_training_batch_equals_views_made_one_by_one(folder: str, n_views: int) -> None:
+@pytest.mark.parametrize(("n_views", "resident"), [(2, "none"), (3, "none"), (3, "memory")])
+def test_a_training_batch_equals_views_made_one_by_one(
+    folder: str, n_views: int, resident: Any
+) -> None:
+    data = staged(ImageFolder(folder), n_views=n_views, seed=5, resident=resident)
     augment = simclr_imagenet(16)
-    data = ContrastiveDataModule(
-        ImageFolder(folder), 8, n_views, augment=augment, seed=5, num_workers=0
-    )
     data.setup()
     loader = data.train_dataloader()
     loader.sampler.set_epoch(3)  # type: ignore[attr-defined]
@@ -286,10 +291,11 @@ def test_a_training_batch_equals_views_made_one_by_one(folder: str, n_views: int
             torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
 
 
-def test_a_clean_batch_is_the_normalised_central_square(folder: str) -> None:
+@pytest.mark.parametrize("resident", ["none", "memory"])
+def test_a_clean_batch_is_the_normalised_central_square(folder: str, resident: Any) -> None:
     augment = simclr_imagenet(16, clean_fraction=0.5)
     data = ContrastiveDataModule(
-        ImageFolder(folder), 8, augment=augment, num_workers=0, eval_batch_size=4
+        ImageFolder(folder), 8, augment=augment, num_workers=0, eval_batch_size=4, resident=resident
     )
     data.setup()
     loaders = data.val_dataloader()
@@ -317,7 +323,7 @@ def test_a_resident_batch_has_the_given_views_of_its_rows() -> None:
     data = ContrastiveDataModule(Digits(), 10, 3, seed=1)
     data.setup()
     batch = next(iter(data.train_dataloader()))
-    assert set(batch) == {"index", "label", "groups"}
+    assert set(batch) == {"index", "label", "groups", "epoch"}
     assert set(batch["groups"][0]) == {"table", "crops"}  # no pixel travels
     views = data.make_views(batch, "train")["views"]
     assert views.shape == (30, 1, 32, 32)
@@ -335,13 +341,17 @@ def test_a_resident_batch_has_the_given_views_of_its_rows() -> None:
         assert batch["label"][i] == train.labels[position]
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("grey", [False, True])
 @pytest.mark.parametrize("size", [12, 11, 80])
-def test_resident_and_stored_views_are_identical(tmp_path: Path, grey: bool, size: int) -> None:
+def test_resident_and_stored_views_are_identical(
+    tmp_path: Path, grey: bool, size: int, mixed: bool
+) -> None:
     for i in range(30):
         path = tmp_path / f"{i % 3}" / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(noise(i, 25, 18)).save(path)
+        sides = (9 + i % 7 * 11, 90 - i % 5 * 17) if mixed else (25, 18)
+        Image.fromarray(noise(i, *sides)).save(path)
     modules = [
         ContrastiveDataModule(
             ImageFolder(str(tmp_path), grey=grey),
@@ -367,6 +377,43 @@ def test_resident_and_stored_views_are_identical(tmp_path: Path, grey: bool, siz
             assert a["views"].shape[1:] == (1 if grey else 3, size, size)
             assert torch.equal(a["views"], b["views"])
             assert a["views"].std() > 0.05
+
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_views_cut_on_a_device_are_within_one_level_of_those_of_the_loader(
+    folder: str, tmp_path: Path, device: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "set")
+    for name in ("ape/00.jpg", "bee/15.jpg"):
+        (tmp_path / "set" / "train" / name).write_bytes(b"")
+    augment = Augment(size=80, jitter=0.0, grey=0.0, blur=0.0, mean=(0.0,), std=(1.0,))
+    source = ImageFolder(str(tmp_path / "set"))
+    data = staged(source, augment=augment, n_small_views=3, resident="memory", max_bad_fraction=0.1)
+    images = data.samples("train")
+    assert isinstance(images, ResidentImages)
+    assert images.one_size is None
+    sampler, clean = KeyedSampler(len(images), 8, 3, 0, 1), EvaluationSampler(len(images), 5, 0, 1)
+    for views, order, draws, p in (
+        (data._views("train"), sampler, sampler, 0.0),
+        (data._views("train"), sampler, sampler, 0.5),
+        (data._views("bank"), None, clean, 0.0),
+    ):
+        by_loader, by_device = (
+            ImageBatches(images, views, 3, 3, order, on_device, p) for on_device in (False, True)
+        )
+        stage = ImageStage()
+        for draw in draws:
+            one, other = by_loader[draw], move_data_to_device(by_device[draw], device)
+            assert torch.equal(one["index"], other["index"].cpu())
+            assert "images" not in other["groups"][0]
+            for a, b, of in zip(one["groups"], other["groups"], views, strict=True):
+                shown = one["index"].repeat(max(1, of.n_views)) >= 0
+                expected, found = stage(images, one, a, of), stage(images, other, b, of).cpu()
+                assert expected[shown].std() > 0.05
+                assert (found - expected)[shown].abs().max() <= 1.01 / 255
 
 
 # Folder, shards and memory.
@@ -464,6 +511,108 @@ def test_small_views_leave_the_large_ones_as_they_are(folder: str) -> None:
     for alone, beside in zip(*found, strict=True):
         assert torch.equal(alone["views"], beside["views"])
     assert beside["small_views"].shape == (32, 3, 10, 10)  # 96/224 of 24
+
+
+# Augmentations that change with the epoch.
+
+UNTIL = {3: simclr_imagenet(24, grey=0.9), 1: simclr_imagenet(12, blur=0.0)}  # then 16
+
+
+def staged(source: Source, **options: Any) -> ContrastiveDataModule:
+    defaults = {"augment": simclr_imagenet(16), "seed": 3, "num_workers": 0, "eval_batch_size": 4}
+    defaults["resident"] = "none"
+    data = ContrastiveDataModule(source, 8, **{**defaults, **options})  # type: ignore[arg-type]
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_workers": 2, "n_small_views": 2, "replace_probability": 0.5},
+        {"resident": "memory", "n_small_views": 2, "replace_probability": 0.5},
+    ],
+)
+def test_views_of_an_epoch_are_those_of_its_own_augmentation(
+    folder: str, options: dict[str, Any]
+) -> None:
+    data = staged(ImageFolder(folder), augment_until=UNTIL, **options)
+    loader = data.train_dataloader()
+    for epoch, augment in [(3, data.augment), (0, UNTIL[1]), (1, UNTIL[3]), (2, UNTIL[3])]:
+        small = {"small_augment": data.small_augment}
+        alone = staged(
+            ImageFolder(folder), **{**options, **small, "num_workers": 0, "augment": augment}
+        )
+        other = alone.train_dataloader()
+        for one in (loader, other):
+            one.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        found, expected = batches(data, loader, "train"), batches(alone, other, "train")
+        assert len(found) == len(expected) >= 3
+        assert all(flat(a) == flat(b) for a, b in zip(found, expected, strict=True))
+        assert found[0]["views"].shape == (16, 3, augment.size, augment.size)
+        assert data.augment_at(epoch) is augment
+        if epoch == 1:  # as where a run goes on
+            other.first_step = lambda: 2
+            rest = batches(alone, other, "train")
+            assert [flat(batch) for batch in rest] == [flat(batch) for batch in found[2:]]
+
+
+@pytest.mark.parametrize("resident", ["memory", "none"])
+def test_a_rank_has_its_part_of_the_views_of_an_epoch(resident: Any) -> None:
+    augment = digits(20)
+    whole = staged(Digits(), augment=augment, resident=resident, augment_until={2: digits(28)})
+    for epoch, side in ((1, 28), (2, 20)):
+        parts = []
+        for rank, ranks in ((0, 1), (0, 2), (1, 2)):
+            sampler = KeyedSampler(len(whole.samples("train")), 8, 3, rank, ranks)
+            sampler.set_epoch(epoch)
+            batch = next(iter(whole._loader("train", sampler)))
+            parts.append(whole.make_views(batch, "train")["views"].unflatten(0, (2, -1)))
+        assert torch.equal(torch.cat(parts[1:], 1), parts[0])
+        assert parts[0].shape[-1] == side
+
+
+def test_clean_views_are_those_of_the_last_augmentation(folder: str) -> None:
+    data, plain = (staged(ImageFolder(folder), **o) for o in ({"augment_until": UNTIL}, {}))
+    for name, one, other in zip(
+        ("bank", "query"), data.val_dataloader(), plain.val_dataloader(), strict=True
+    ):
+        found, expected = batches(data, one, name), batches(plain, other, name)
+        assert [flat(batch) for batch in found] == [flat(batch) for batch in expected]
+
+
+class Sides(Recorder):
+    """Writes down the sides of views."""
+
+    def write(self, name: str, batch: dict[str, Tensor]) -> None:
+        self.sizes[name].append(batch["views"].shape[-1])
+
+
+def test_batches_made_ahead_are_of_their_own_epoch(folder: str) -> None:
+    data = staged(ImageFolder(folder), augment_until={1: simclr_imagenet(12)}, num_workers=1)
+    module = Sides()
+    trainer_of(limit_val_batches=2).fit(module, datamodule=data)
+    assert module.sizes["train"] == [12] * 3 + [16] * 3
+    assert module.sizes["bank"] == module.sizes["query"] == [16] * 4
+
+
+def test_all_epochs_normalise_as_the_last_one(folder: str) -> None:
+    numbers = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    first, last = simclr_imagenet(12), simclr_imagenet(16, **numbers)
+    data = staged(ImageFolder(folder), augment=last, augment_until={1: first})
+    found = data.augment_at(0)
+    assert vars(found) == vars(first) | numbers
+    assert first.mean != found.mean  # the one that was given is left alone
+    alone = staged(ImageFolder(folder), augment=simclr_imagenet(12, **numbers))
+    one, other = (batches(d, d.train_dataloader(), "train")[0] for d in (data, alone))
+    assert flat(one) == flat(other)
+
+
+def test_a_run_that_ends_before_the_last_augmentation_is_warned_of(folder: str) -> None:
+    data = staged(ImageFolder(folder), augment_until=UNTIL)
+    with pytest.warns(UserWarning, match="comes after epoch 3, and the run ends after 2: it will"):
+        trainer_of(limit_val_batches=0, limit_train_batches=1).fit(Recorder(), datamodule=data)
 
 
 # Images that cannot be read.
@@ -571,6 +720,7 @@ def test_a_run_stops_where_too_many_images_are_unreadable(
         8,
         augment=simclr_imagenet(8),
         num_workers=num_workers,
+        resident="none",
         max_bad_fraction=0.04,
     )
     with pytest.raises(
@@ -584,10 +734,8 @@ def test_storage_that_is_gone_stops_the_run_with_one_line(
     folder: str, tmp_path: Path, num_workers: int
 ) -> None:
     shutil.copytree(folder, tmp_path / "gone")
-    data = ContrastiveDataModule(
-        ImageFolder(str(tmp_path / "gone")), 8, num_workers=num_workers, max_bad_fraction=1.0
-    )
-    data.setup()
+    source, options = ImageFolder(str(tmp_path / "gone")), {"num_workers": num_workers}
+    data = staged(source, max_bad_fraction=1.0, **options)
     shutil.rmtree(tmp_path / "gone")
     with pytest.raises(InputError, match=r"no other to take their place.*No such file") as caught:
         next(iter(data.train_dataloader()))
@@ -616,15 +764,14 @@ def test_what_was_reported_travels_in_the_state_as_plain_text() -> None:
 # What lives in memory.
 
 
-def test_auto_keeps_in_memory_what_has_one_size_and_fits(
-    folder: str, square_jpegs: tuple[str, str]
-) -> None:
+def test_auto_keeps_in_memory_what_fits(folder: str, square_jpegs: tuple[str, str]) -> None:
     for source, options, kind in (
         (ImageFolder(square_jpegs[0]), {}, "resident in memory"),  # 224 pixels: not by the kernels
         (ImageFolder(square_jpegs[0]), {"augment": simclr_imagenet(32)}, "resident on cpu"),
         (ImageFolder(square_jpegs[0]), {"resident": "none"}, "read by"),
         (Shards(square_jpegs[1]), {}, "resident in memory"),
-        (ImageFolder(folder), {}, "read by"),
+        (ImageFolder(folder), {}, "resident in memory"),  # of four sizes
+        (ImageFolder(folder), {"augment": simclr_imagenet(32)}, "resident on cpu"),
     ):
         data = ContrastiveDataModule(source, 8, **options)  # type: ignore[arg-type]
         data.setup()
@@ -637,14 +784,6 @@ def test_a_set_is_held_in_memory_once_for_training_and_bank(square_jpegs: tuple[
     data.setup()
     assert data._sets["train"] is data._sets["bank"]
     assert data._sets["train"] is not data._sets["query"]
-
-
-def test_forcing_images_of_unequal_size_into_memory_names_one(folder: str) -> None:
-    data = ContrastiveDataModule(ImageFolder(folder), 8, resident="memory")
-    with pytest.raises(
-        InputError, match=r"images of one size; got .*jpg'.*`data.resident` to none"
-    ):
-        data.setup()
 
 
 # The clock.
@@ -772,7 +911,7 @@ def test_describe_names_the_source_the_counts_and_where_the_images_are(folder: s
     data.setup()
     line = "Digits: 1,347 train, 1,000 bank, 450 query images, 1 MiB resident on cpu"
     assert data.describe() == line
-    data = ContrastiveDataModule(ImageFolder(folder), 8, num_workers=3)
+    data = ContrastiveDataModule(ImageFolder(folder), 8, num_workers=3, resident="none")
     data.setup()
     assert data.describe() == "ImageFolder: 26 train, 26 bank, 7 query images, read by 3 workers"
 
@@ -780,7 +919,7 @@ def test_describe_names_the_source_the_counts_and_where_the_images_are(folder: s
 def test_workers_default_to_none_in_memory_and_to_the_cores_for_files(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stored = ContrastiveDataModule(ImageFolder(folder), 8)
+    stored = ContrastiveDataModule(ImageFolder(folder), 8, resident="none")
     for data, workers in (
         (ContrastiveDataModule(Digits()), 0),
         (stored, len(os.sched_getaffinity(0))),
@@ -792,9 +931,12 @@ def test_workers_default_to_none_in_memory_and_to_the_cores_for_files(
 
 
 def test_what_a_worker_gets_can_be_pickled_as_the_start_method_spawn_needs(folder: str) -> None:
-    for source in (Digits(), ImageFolder(folder), Squares()):
-        data = ContrastiveDataModule(source, 8, augment=simclr_imagenet(8), num_workers=0)
-        data.setup()
+    for source, resident in (
+        (Digits(), "auto"),
+        (ImageFolder(folder), "none"),
+        (Squares(), "none"),
+    ):
+        data = staged(as_source(source), augment=simclr_imagenet(8), resident=resident)
         for loader in (data.train_dataloader(), *data.val_dataloader()):
             copy = pickle.loads(pickle.dumps(loader.dataset))
             draw = next(iter(loader.sampler))
@@ -819,9 +961,11 @@ def flat(value: Any) -> Any:
         ({"n_views": 0}, "`n_views` must be >= 1; got 0. Set `data.n_views`"),
         ({"bank_size": 0}, "`bank_size` must be >= 1; got 0"),
         ({"eval_batch_size": -1}, "`eval_batch_size` must be >= 1; got -1"),
+        ({"augment_until": {0: digits()}}, "augmentations end must be >= 1; got 0. Set `data.aug"),
+        ({"augment_until": {2: TextAugment()}}, "got TextAugment until epoch 2, then Augment"),
     ],
 )
-def test_numbers_that_are_too_small_raise_input_error(options: Any, message: str) -> None:
+def test_options_that_do_not_fit_raise_input_error(options: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         ContrastiveDataModule(Digits(), **options)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import content, noise, opened, write, write_classes
+from pictures import content, noise, opened, pixels_of, write, write_classes
 from torch.utils.data import Dataset
 
 from simclr_pl.data import DatasetSource, ImageFolder, resident
@@ -44,17 +44,19 @@ def test_a_decoded_set_equals_reading_one_by_one(grey: bool, threads: int, tmp_p
 @pytest.mark.parametrize("threads", [1, 3])
 def test_more_images_than_a_block_are_decoded_and_counted(threads: int, tmp_path: Path) -> None:
     for i in range(3):
-        write(tmp_path / f"{i}.png", noise(i))
+        write(tmp_path / f"{i}.png", noise(i, height=6 + i, width=8 - 2 * i))
     images = folder_of(tmp_path).subset(np.arange(600) % 3)
     done: list[int] = []
     decoded = decode_all(images, threads, done.append)
     assert content(decoded) == content(images)
+    assert decoded.one_size is None
+    assert [p.shape for p in pixels_of(decoded)] == [p.shape for p in pixels_of(images)]
     assert sum(done) == 600
     assert len(done) == 3
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_unreadable_images_are_black_and_remembered_with_their_path_and_the_reason(
+def test_unreadable_images_are_a_black_pixel_and_remembered_with_their_path_and_the_reason(
     threads: int, tmp_path: Path
 ) -> None:
     for i in range(10):
@@ -69,24 +71,13 @@ def test_unreadable_images_are_black_and_remembered_with_their_path_and_the_reas
     assert list(decoded.unreadable) == [0, 4, 9]
     for i, reason in ((0, "empty"), (4, "truncated"), (9, "No such file")):
         assert decoded.name(i) == str(tmp_path / f"{i}.png")
-        assert decoded.pixels[i].max() == 0
+        assert decoded.sides[i].tolist() == [1, 1]
+        assert decoded.flat[decoded.start[i]].tolist() == [0, 0, 0]
         with pytest.raises(UnreadableSample, match=reason):
             decoded.open(i)
     for i in (1, 2, 3, 5, 6, 7, 8):
         assert np.array_equal(decoded.open(i).pixels(), noise(i))
     assert decoded.labels.tolist() == list(range(10))
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_images_of_unequal_size_raise_input_error_with_the_path_of_the_odd_one(
-    threads: int, tmp_path: Path
-) -> None:
-    for i in range(9):
-        write(tmp_path / f"{i}.png", noise(i, height=7 if i == 5 else 6))
-    with pytest.raises(InputError, match=r"one size; got 8 x 7 pixels in .* and 8 x 6 before") as e:
-        decode_all(folder_of(tmp_path), threads)
-    assert repr(str(tmp_path / "5.png")) in str(e.value)
-    assert "`data.resident`" in str(e.value)
 
 
 def test_a_set_without_a_readable_image_raises_input_error_with_a_path_and_a_reason(
@@ -99,7 +90,7 @@ def test_a_set_without_a_readable_image_raises_input_error_with_a_path_and_a_rea
     assert f"{str(tmp_path / '2.png')!r}: of no known image format" in str(caught.value)
 
 
-def test_only_sets_of_one_size_that_take_a_quarter_of_the_free_memory_at_most_fit(
+def test_only_sets_that_take_a_quarter_of_the_free_memory_at_most_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for i in range(10):
@@ -111,9 +102,23 @@ def test_only_sets_of_one_size_that_take_a_quarter_of_the_free_memory_at_most_fi
         assert fits_in_memory(images, 3, sharers)
         monkeypatch.setattr(resident, "free_memory", lambda s=sharers: 4 * need * s - 1)
         assert not fits_in_memory(images, 3, sharers)
-    monkeypatch.setattr(resident, "free_memory", lambda: 10**9)
-    write(tmp_path / "5.png", noise(5, height=7))
-    assert not fits_in_memory(images, 3, 1)
+
+
+def test_sets_of_mixed_sizes_fit_up_to_a_bound_by_the_mean_of_their_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(10):
+        write(tmp_path / f"{i}.png", noise(i, height=10 - 8 * (i % 2)))
+    images = folder_of(tmp_path)
+    need = 10 * 6 * 8 * 3
+    monkeypatch.setattr(resident, "free_memory", lambda: 4 * need)
+    assert fits_in_memory(images, 3, 1)
+    assert not fits_in_memory(images, 3, 2)
+    monkeypatch.setattr(resident, "free_memory", lambda: 2**50)
+    for bound, fits in ((need, True), (need - 1, False)):
+        monkeypatch.setattr(resident, "_MOST_MIXED", bound)
+        assert fits_in_memory(images, 3, 1) is fits
+    assert fits_in_memory(images.subset(np.zeros(10, int)), 3, 1)  # of one size: 2,400 bytes
 
 
 def test_unreadable_images_do_not_keep_a_set_from_fitting_unless_all_are(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ SHAPE = (4, 2, 8, 8, 3)  # (B, V, S, S, C)
 
 
 class Filled(Dataset):
-    """Batch i is full of the number i, and smaller than the slot for odd i."""
+    """Batch i is full of the number i, with less images than the slot for odd i, and smaller ones."""
 
     def __init__(self, pool: Slots) -> None:
         self.pool = pool
@@ -25,7 +25,7 @@ class Filled(Dataset):
         return 1000
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        slot = self.pool.take(4 - i % 2)
+        slot = self.pool.take(4 - i % 2, 8 - i % 3)
         slot.array[...] = i % 251
         return {"i": i, "images": slot.tensor()}
 
@@ -51,8 +51,9 @@ def loader_of(pool: Slots, workers: int, count: int = 1000, **options: Any) -> D
 
 def holds(batch: dict[str, Any]) -> bool:
     images: Tensor = batch["images"]
+    side = 8 - batch["i"] % 3
     return (
-        images.shape == (4 - batch["i"] % 2, 2, 3, 8, 8)
+        images.shape == (4 - batch["i"] % 2, 2, 3, side, side)
         and images.dtype == torch.uint8
         and bool((images == batch["i"] % 251).all())
     )
@@ -87,7 +88,7 @@ def test_batches_that_are_kept_are_never_overwritten(workers: int) -> None:
 
 def test_a_slot_stays_taken_as_long_as_any_view_of_it_lives() -> None:
     pool = Slots(SHAPE, 0)
-    slot = pool.take(4)
+    slot = pool.take(4, 8)
     slot.array[...] = 7
     tensor = slot.tensor()
     del slot
@@ -95,7 +96,7 @@ def test_a_slot_stays_taken_as_long_as_any_view_of_it_lives() -> None:
     del tensor
     gc.collect()
     assert pool.busy.sum() == 1
-    taken = [pool.take(4) for _ in range(_IN_FLIGHT + 1)]
+    taken = [pool.take(4, 8) for _ in range(_IN_FLIGHT + 1)]
     for other in taken:
         other.array[...] = 9
     assert (part[1] == 7).all()
@@ -151,7 +152,7 @@ def _same(batch: Any) -> Any:
 def test_slots_made_in_inference_mode_are_freed_outside_it() -> None:
     with torch.inference_mode():
         pool = Slots(SHAPE, 0)
-        slot = pool.take(2)
+        slot = pool.take(2, 8)
         images = slot.tensor()
         assert pool.busy.sum() == 1
     del slot, images

@@ -91,6 +91,37 @@ def test_resident_images_keep_channels_last_and_copy_only_what_does_not(channels
     assert np.shares_memory(kept.open(2).pixels(), last.numpy())
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resident_images_of_mixed_sizes_lie_one_behind_the_other(channels: int) -> None:
+    sides = np.array([(6, 8), (2, 30), (1, 1), (9, 4), (6, 8)])
+    expected = [noise(i, *pair, channels) for i, pair in enumerate(sides.tolist())]
+    flat = torch.from_numpy(np.concatenate([p.reshape(-1, channels) for p in expected]))
+    images = ResidentImages(flat, np.arange(5), {2: ("a.jpg", "it is cut")}, sides)
+    assert images.one_size is None
+    assert images.flat.data_ptr() == flat.data_ptr()
+    for subset, index in (
+        (images, [0, 1, 2, 3, 4]),
+        (images.subset(np.array([3, 2, 1, 1])), [3, 2, 1, 1]),
+        (images.subset(np.array([4, 0])), [4, 0]),
+        (images.subset(np.array([], int)), []),
+    ):
+        assert subset.labels.tolist() == index
+        assert len(subset.flat) == sides[index].prod(1).sum()
+        for i, old in enumerate(index):
+            if old == 2:
+                assert subset.name(i) == "a.jpg"
+                with pytest.raises(UnreadableSample, match="it is cut"):
+                    subset.open(i)
+                continue
+            picture = subset.open(i)
+            assert (picture.height, picture.width) == tuple(sides[old])
+            assert np.array_equal(picture.pixels(), expected[old])
+            assert np.shares_memory(picture.pixels(), subset.flat.numpy())
+    same = images.subset(np.array([4, 0]))
+    assert same.one_size == (6, 8)
+    assert np.array_equal(same.pixels[0].permute(1, 2, 0).numpy(), expected[4])
+
+
 def test_unreadable_resident_images_keep_their_name_and_reason_in_a_subset() -> None:
     pixels = torch.zeros(5, 3, 6, 8, dtype=torch.uint8)
     unreadable = {1: ("a.jpg", "it is cut"), 3: ("b.jpg", "it is empty")}

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
+from simclr_pl import image_operations
 from simclr_pl.image_operations import (
     adjust_brightness,
     adjust_contrast,
@@ -18,6 +19,7 @@ from simclr_pl.image_operations import (
     adjust_saturation,
     blur,
     crop_resize,
+    crop_resize_mixed,
     grey,
     jitter_colour,
     rotate_shift,
@@ -277,6 +279,27 @@ def test_crop_resize_of_the_whole_image_at_its_own_size_is_the_identity() -> Non
     views = crop_resize(pixels, crops, 21)
     assert torch.equal(views[:, 0], pixels)
     assert torch.equal(views[:, 1], pixels.flip(3))
+
+
+@pytest.mark.parametrize("at_once", [1, 5000, 2**24])  # pixels: a row each, some, all rows
+@pytest.mark.parametrize("channels", [1, 3])
+def test_crops_of_images_of_mixed_sizes_are_those_of_each_alone(
+    channels: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = [(31, 47), (40, 40), (12, 90), (70, 9)]
+    images = [torch.randint(0, 256, (channels, *pair), dtype=torch.uint8) for pair in sides]
+    flat = torch.cat([image.permute(1, 2, 0).flatten(0, 1) for image in images])
+    start = torch.tensor([height * width for height, width in sides]).cumsum(0)
+    start, width = start - torch.tensor([h * w for h, w in sides]), torch.tensor(sides)[:, 1]
+    crops = torch.tensor([border_crops(*pair) for pair in sides])  # (B, V, 5)
+    index, largest = torch.tensor([2, 0, 3, 3, 1]), tuple(crops[..., 2:4].amax((0, 1)).tolist())
+    monkeypatch.setattr(image_operations, "_GATHERED", at_once)
+    views = crop_resize_mixed(flat, start[index], width[index], crops[index], 20, largest)
+    for own, i in zip(views, index.tolist(), strict=True):
+        expected = crop_resize(images[i][None], crops[i][None], 20)[0]
+        assert own.dtype == torch.uint8
+        assert (own.int() - expected.int()).abs().max() <= 1
+        assert (own != expected).float().mean() < 1e-2  # ties of the rounding
 
 
 def test_crop_resize_uses_no_pixel_outside_the_crop() -> None:

@@ -33,6 +33,7 @@ L0 = {
     "text_augment",
     "text_encoder",
     "published_resnets",
+    "view_kernels",
 }
 L0 |= {"environment", "errors", "heads", "linear", "metrics", "neighbour_kernels", "neighbours"}
 L0 |= {"presets", "secrets"}

@@ -1,10 +1,8 @@
 """The GPU path of the loss: in Triton's interpreter, through its compiler, and on a GPU."""
 
-import multiprocessing
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,6 @@ from simclr_pl.losses import Statistics, nt_xent
 
 Run = Callable[..., Any]
 SHAPES = [(2, 3, 7), (2, 17, 16), (2, 65, 128), (3, 2, 16), (3, 11, 7), (3, 43, 128)]  # V, B, D
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Run]:
-    """Runs a function in a process whose Triton interprets; it is read when triton is imported."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            pool.submit(torch.set_num_threads, 1).result()  # starts the process
-        yield lambda function, *args: pool.submit(function, *args).result(timeout=120)
 
 
 def rows_of_two_ranks(shape: tuple[int, int, int]) -> tuple[Tensor, int]:
@@ -197,8 +184,8 @@ def test_kernels_compile_without_tensor_cores_and_fit(
             assert compiled.metadata.shared <= 96 * 1024  # bytes; of 163 KiB and 227 KiB
 
 
-def test_importing_the_losses_imports_no_triton() -> None:
-    code = "import sys, simclr_pl.losses; sys.exit('triton' in sys.modules)"
+def test_importing_losses_and_views_imports_no_triton() -> None:
+    code = "import sys, simclr_pl.losses, simclr_pl.augment; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -82,6 +82,21 @@ def test_width_2_doubles_every_layer_of_a_resnet(name: str, features: int) -> No
     assert norm_widths(wide) == [2 * n for n in norm_widths(narrow)]
 
 
+def test_stem_stride_is_that_of_the_small_stem() -> None:
+    shapes: list[torch.Size] = []
+    for name in ("resnet18", "torchvision/resnet18"):
+        encoder = Encoder(name, small_stem=True, stem_stride=2)
+        encoder.model.layer1.register_forward_pre_hook(lambda _, x: shapes.append(x[0].shape))  # type: ignore[operator, union-attr]
+        assert encoder(torch.rand(2, 3, 20, 29)).shape == (2, 512)
+    assert shapes == [(2, 64, 10, 15)] * 2
+
+
+@pytest.mark.parametrize(("small_stem", "stride"), [(False, 2), (True, 0)])
+def test_stem_stride_needs_the_small_stem(small_stem: bool, stride: int) -> None:
+    with pytest.raises(InputError, match=f"`stem_stride` must be >= 1, and 1 wi.*got {stride}"):
+        Encoder("resnet18", small_stem=small_stem, stem_stride=stride)
+
+
 def test_width_and_small_stem_go_together() -> None:
     encoder = Encoder("resnet18", small_stem=True, width=0.5)
     assert encoder.model.conv1.weight.shape == (32, 3, 3, 3)  # type: ignore[union-attr]

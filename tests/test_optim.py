@@ -2,12 +2,15 @@
 
 import io
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from simclr_pl.errors import InputError
 from simclr_pl.optim import LARS, lr_factor, parameter_groups, warmup_cosine
@@ -252,6 +255,33 @@ def test_warmup_cosine_ends_are_zero_peak_zero() -> None:
     assert warmup_cosine(0, 10, 100) == 0.0
     assert warmup_cosine(10, 10, 100) == 1.0
     assert warmup_cosine(100, 10, 100) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "cycles"), [(0, 12, 3), (7, 100, 2), (3, 100, 7), (0, 5, 5), (1, 4, 9)]
+)
+def test_cycles_are_cosines_from_the_peak_of_equal_length(
+    warmup: int, total: int, cycles: int
+) -> None:
+    length = Fraction(total - warmup, cycles)
+    for step in range(warmup, total):
+        place = Fraction(step - warmup)
+        while place >= length:
+            place -= length
+        expected = (1 + math.cos(math.pi * place / length)) / 2
+        assert warmup_cosine(step, warmup, total, cycles) == pytest.approx(expected, abs=1e-12)
+    assert warmup_cosine(total, warmup, total, cycles) == 0.0
+    before = [warmup_cosine(step, warmup, total, cycles) for step in range(warmup)]
+    assert before == [step / warmup for step in range(warmup)]
+
+
+def test_cycles_are_torch_s_warm_restarts() -> None:
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = CosineAnnealingWarmRestarts(optimizer, T_0=9)
+    for step in range(36):
+        assert warmup_cosine(step + 4, 4, 40, 4) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
 
 
 def test_warmup_as_long_as_the_run_never_decays() -> None:

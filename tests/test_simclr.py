@@ -1,5 +1,7 @@
 """The LightningModule: one forward, the same gradient on two ranks, plain hyper-parameters."""
 
+import copy
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from lightning.pytorch import Callback
 from ranks import on_ranks
 from tiny import tiny_data, tiny_fit, tiny_model, tiny_trainer, weights
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.optim import SGD, AdamW
 
 from simclr_pl import LARS, ConvEncoder, InputError, Projector, SimCLR
@@ -70,6 +73,32 @@ def test_small_views_are_encoded_apart_and_are_positives_of_all_views_of_their_i
         expected = -(log_p.where(positive, 0).sum(1) / 4).mean()  # the mean over four positives
         torch.testing.assert_close(outputs["loss"].double(), expected, rtol=0, atol=1e-5)
         assert outputs["features"].shape == (320, 32)
+
+
+@pytest.mark.parametrize("chunk", [None, 48])
+def test_a_compiled_encoder_makes_the_same_step(chunk: int | None) -> None:
+    ends = []
+    for compile in (True, False):
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Flatten(), nn.Linear(1024, 8), nn.BatchNorm1d(8))
+        encoder.num_features = 8  # type: ignore[assignment]
+        model = SimCLR(
+            encoder,
+            nn.Linear(8, 4, bias=False),
+            optimizer=partial(SGD, lr=0.05),
+            lr_scaling="none",
+            warmup_epochs=0,
+            encode_chunk=chunk,
+            compile=compile,
+        )
+        graphs = counters["stats"]["unique_graphs"]
+        tiny_fit([], model, limit_train_batches=1, max_epochs=1)
+        assert (counters["stats"]["unique_graphs"] > graphs) is compile
+        assert copy.deepcopy(model)._compiled is None
+        ends.append(weights(model))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-5, atol=1e-6)
+    assert (ends[0]["encoder.2.running_mean"] != 0).any()
 
 
 class Gradients(Callback):
@@ -151,15 +180,16 @@ def test_validation_leaves_the_padding_out() -> None:
     assert out["label"].tolist() == [3, 1, -1]
 
 
+class Rates(Callback):
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
 @pytest.mark.parametrize(("scaling", "factor"), [("linear", 0.25), ("sqrt", 8.0), ("none", 1.0)])
 def test_learning_rate_is_scaled_and_scheduled_by_step(scaling: Any, factor: float) -> None:
-    class Rates(Callback):
-        def __init__(self) -> None:
-            self.rates: list[float] = []
-
-        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
     rates = Rates()
     model = tiny_model(optimizer=partial(LARS, lr=0.5), lr_scaling=scaling)
     model.warmup_epochs = 0.5  # two of four steps
@@ -167,6 +197,13 @@ def test_learning_rate_is_scaled_and_scheduled_by_step(scaling: Any, factor: flo
     peak = 0.5 * factor
     assert rates.rates[:3] == pytest.approx([0.0, peak / 2, peak])
     assert rates.rates[5] == pytest.approx(peak / 2)  # half of the cosine's six steps
+
+
+def test_the_rate_starts_again_from_its_peak_in_each_cycle() -> None:
+    rates = Rates()
+    tiny_fit([rates], tiny_model(optimizer=partial(LARS, lr=0.5), lr_cycles=2))
+    half = [0.25 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
+    assert rates.rates == pytest.approx(half + half)
 
 
 def test_exempt_groups_reach_the_optimizer() -> None:
@@ -196,8 +233,10 @@ def test_checkpoint_holds_plain_values_and_loads_with_weights_only(tmp_path: Pat
         "encode_chunk": None,
         "lr_scaling": "none",
         "warmup_epochs": 0,
+        "lr_cycles": 1,
         "seed": 0,
         "batch_norm_ranks": 1,
+        "compile": None,
     }
     loaded = SimCLR.load_from_checkpoint(
         tmp_path / "a.ckpt",
@@ -229,6 +268,7 @@ def test_projector_may_be_a_module_or_made_from_the_width() -> None:
     [
         ({"temperature": 0.0}, "`temperature` must be > 0"),
         ({"warmup_epochs": -1}, "`warmup_epochs`"),
+        ({"lr_cycles": 0}, "`lr_cycles` must be >= 1; got 0. Set `model.lr_cycles`."),
     ],
 )
 def test_options_are_checked(options: Any, message: str) -> None:

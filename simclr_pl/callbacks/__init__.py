@@ -11,6 +11,7 @@ from simclr_pl.callbacks.pictures import Pictures
 from simclr_pl.callbacks.preemption import Preemption
 from simclr_pl.callbacks.run_report import RunReport
 from simclr_pl.callbacks.run_summary import RunSummary
+from simclr_pl.callbacks.step_log import StepLog
 from simclr_pl.callbacks.throughput import ThroughputMonitor
 from simclr_pl.callbacks.watchdog import Watchdog
 
@@ -26,6 +27,7 @@ __all__ = [
     "Preemption",
     "RunReport",
     "RunSummary",
+    "StepLog",
     "ThroughputMonitor",
     "Watchdog",
 ]

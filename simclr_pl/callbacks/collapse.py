@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from simclr_pl import metrics
+from simclr_pl.callbacks.step_log import StepLog
 from simclr_pl.callbacks.tracking import log_histogram
 from simclr_pl.distributed import gather_rows, rank, world_size
 from simclr_pl.errors import InputError
@@ -142,9 +143,7 @@ class CollapseMonitor(Callback):
     ) -> None:
         step = trainer.global_step - 1  # from 0, as Lightning numbers train/loss
         epoch = trainer.current_epoch
-        for logger in trainer.loggers:
-            logger.log_metrics({**values, "epoch": epoch}, step)
-            logger.save()
+        StepLog.of(trainer).write(trainer, values, step)
         if histograms is None:
             return
         positive, negative = histograms.positive.tolist(), histograms.negative.tolist()

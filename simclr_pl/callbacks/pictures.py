@@ -112,7 +112,8 @@ class Pictures(Callback):
         self._views_due = False
         data = trainer.datamodule  # type: ignore[attr-defined]
         index = batch["index"][: self.n_images]
-        kinds = {"views": data.augment, "small_views": data.small_augment}
+        own = data.augment_at(trainer.current_epoch)
+        kinds = {"views": own, "small_views": data.small_augment}
         views: list[np.ndarray] = []
         for name, augment in kinds.items():
             if name in batch:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import simclr_pl
 from simclr_pl.callbacks.evaluation_pace import EvaluationPace
+from simclr_pl.callbacks.flops import FlopMeter, peak_flops
 from simclr_pl.callbacks.step_clock import NOTHING, Reading, StepClock, peak_memory_mib
 from simclr_pl.evaluation import Scores, encode_clean_views, score
 from simclr_pl.optim import parameter_groups
@@ -22,8 +23,9 @@ class RunSummary(Callback):
 
     Three encoders are scored by one rule, kNN and logistic regression on frozen features of clean views:
     the trained one, the one at initialisation, and none at all (of images: raw pixels). The scores, the
-    speed, what the time went to (as in `ThroughputMonitor`), the peak memory and the run's size go to the
-    terminal and to ``summary.json`` in the run's folder. Without labels there are no scores.
+    speed, what the time went to (as in `ThroughputMonitor`), the operations per second, the peak memory
+    and the run's size go to the terminal and to ``summary.json`` in the run's folder. Without labels
+    there are no scores.
 
     Args:
         baselines: score the encoder at initialisation and none at all before training.
@@ -36,6 +38,8 @@ class RunSummary(Callback):
         self._clock: StepClock | None = None
         self._before = NOTHING  # the time of the run that this one resumes
         self._peak_mib = 0.0
+        self._flops = FlopMeter()
+        self._peak_flops: float | None = None  # of the device, per second
         self._console = Console(highlight=False)
         self._ending: list[Any] = []
 
@@ -62,8 +66,15 @@ class RunSummary(Callback):
         self.scores["linear_top1" + suffix] = scores.linear
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the data, the model and the effective learning rate."""
+        """Prints the data, the model and the effective learning rate; measures the device."""
         self._say(trainer, *_start_lines(trainer, pl_module))
+        self._peak_flops = peak_flops(trainer)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts the operations of the batch."""
+        self._flops.add(trainer, pl_module, batch)
 
     def _say(self, trainer: Trainer, *lines: Any) -> None:
         if trainer.is_global_zero:
@@ -108,6 +119,7 @@ class RunSummary(Callback):
             "time: "
             + ", ".join(f"{100 * share:.0f} % {name}" for name, share in summary["time"].items())
             + f"; peak memory {summary['peak_memory_mib']:,.0f} MiB",
+            _speed(summary),
         ]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -126,6 +138,7 @@ class RunSummary(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         probe = trainer.callback_metrics.get("probe/top1")
         time = self._time()
+        flops = self._flops.mean * time.batches / max(time.training, 1e-9)
         return {
             **{key: round(value, 6) for key, value in sorted(self.scores.items())},
             **({"probe_top1": round(float(probe), 6)} if probe is not None else {}),
@@ -135,6 +148,8 @@ class RunSummary(Callback):
             "steps": trainer.global_step,
             "seconds": round(time.training, 3),
             "time": {name: round(share, 4) for name, share in time.shares().items()},
+            "gflops": round(flops / 1e9, 3),
+            **({"flop_utilisation": round(flops / p, 4)} if (p := self._peak_flops) else {}),
             "peak_memory_mib": round(self._peak_mib, 1),
             "global_batch_size": data.global_batch_size,
             "world_size": trainer.world_size,
@@ -150,6 +165,8 @@ class RunSummary(Callback):
             "time": time.seconds,
             "batches": time.batches,
             "peak_mib": self._peak_mib,
+            "flops": self._flops.total,
+            "counted": self._flops.batches,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -157,6 +174,7 @@ class RunSummary(Callback):
         self.scores = dict(state_dict["scores"])
         self._samples, self._peak_mib = state_dict["samples"], state_dict["peak_mib"]
         self._before = Reading(dict(state_dict["time"]), state_dict["batches"])
+        self._flops.total, self._flops.batches = state_dict["flops"], state_dict["counted"]
 
 
 def _num_classes(trainer: Trainer) -> int:
@@ -181,6 +199,14 @@ def _table(scores: dict[str, float], unit: str, raw_name: str) -> Table:
         cells = [scores.get(key + suffix) for suffix in ("", "_init", "_raw")]
         table.add_row(name, *("-" if c is None else f"{100 * c:.1f}" for c in cells))
     return table
+
+
+def _speed(summary: dict[str, Any]) -> str:
+    speed = f"{summary['gflops']:,.1f} GFLOP/s in encoder and head on a rank"
+    if "flop_utilisation" not in summary:
+        return speed
+    share = 100 * summary["flop_utilisation"]
+    return f"{speed}, {share:.0f} % of what large matrix products reach on its device"
 
 
 def _start_lines(trainer: Trainer, pl_module: LightningModule) -> list[str]:

@@ -4,26 +4,22 @@ Symbols: B samples of this rank, V views, n rows of one size of views (V*B).
 """
 
 import logging
-import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from simclr_pl.augment import Augment
+from simclr_pl.callbacks.flops import FlopMeter, peak_flops
 from simclr_pl.callbacks.step_clock import NOTHING, Reading, StepClock, peak_memory_mib
+from simclr_pl.callbacks.step_log import StepLog
 from simclr_pl.distributed import is_distributed, world_size
 from simclr_pl.errors import InputError
 
 _log = logging.getLogger(__name__)
 
 _WINDOW = 50  # batches between two looks at the waiting
-_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}
 
 
 class ThroughputMonitor(Callback):
@@ -37,8 +33,8 @@ class ThroughputMonitor(Callback):
     ``throughput/samples_per_second`` of all ranks and ``throughput/step_ms``, both without evaluation;
     ``throughput/peak_memory_mib`` so far, on a GPU what was allocated there, else the resident memory of
     the process; ``throughput/gflops``, 10^9 operations per second of the encoder and the projector on
-    this rank, the backward pass counted as two forwards; on a known GPU also
-    ``throughput/flop_utilisation``, the share of its peak in that precision.
+    this rank, the backward pass counted as two forwards; ``throughput/flop_utilisation``, their share of
+    what large matrix products reach on that device in that precision.
 
     On a GPU the times are those of its own queue, so only the waiting in which it stood idle counts. If
     more than ``warn_above`` of 50 batches' time went to waiting for the loader, one warning says what to
@@ -69,7 +65,7 @@ class ThroughputMonitor(Callback):
         self._clock: StepClock | None = None
         self._logged, self._watched = NOTHING, NOTHING
         self._logged_step, self._seen = 0, 0
-        self._flops: float | None = None  # of one batch on this rank
+        self._flops = FlopMeter()  # since it last logged
         self._peak_flops: float | None = None  # of the device, per second
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -77,7 +73,7 @@ class ThroughputMonitor(Callback):
         if stage == "fit":
             self._clock = StepClock.of(trainer)
             self._logged, self._watched = NOTHING, NOTHING
-            self._seen, self._flops = 0, None
+            self._seen, self._flops = 0, FlopMeter()
             self._logged_step = trainer.global_step
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -86,13 +82,15 @@ class ThroughputMonitor(Callback):
             self._clock.leave()
             self._clock = None
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures what the device can do."""
+        self._peak_flops = peak_flops(trainer)
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Counts the operations of a batch, once."""
-        if self._flops is None:
-            self._flops = batch_flops(trainer, pl_module, batch)
-            self._peak_flops = _peak_flops(trainer)
+        """Counts the operations of the batch."""
+        self._flops.add(trainer, pl_module, batch)
 
     def on_train_batch_end(  # type: ignore[override]
         self,
@@ -122,10 +120,13 @@ class ThroughputMonitor(Callback):
         rate = window.batches / window.training  # batches per second
         values = {**window.shares(), "step_ms": 1000 / rate}
         values["peak_memory_mib"] = peak_memory_mib(pl_module.device)
-        if self._flops:
-            values["gflops"] = self._flops * rate / 1e9
-            if self._peak_flops:
-                values["flop_utilisation"] = self._flops * rate / self._peak_flops
+        flops = (
+            self._flops.mean * rate
+        )  # per second; a GPU's clock is some batches behind the count
+        self._flops.start_anew()
+        values["gflops"] = flops / 1e9
+        if self._peak_flops:
+            values["flop_utilisation"] = flops / self._peak_flops
         values = {f"throughput/{name}": value for name, value in values.items()}
         speed = {"throughput/samples_per_second": samples * rate}
         # Lightning would log the values again at every logging step until the epoch ends.
@@ -133,8 +134,7 @@ class ThroughputMonitor(Callback):
         pl_module.log_dict(speed, logger=False, prog_bar=True)
         if trainer.is_global_zero:
             step = trainer.global_step - 1  # from 0, as Lightning numbers train/loss
-            for logger in trainer.loggers:
-                logger.log_metrics({**values, **speed, "epoch": trainer.current_epoch}, step)
+            StepLog.of(trainer).write(trainer, {**values, **speed}, step)
 
     def _watch(self, trainer: Trainer, now: Reading) -> None:
         window, self._watched = now.since(self._watched), now
@@ -166,46 +166,6 @@ class ThroughputMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes it up again."""
         self._warned = state_dict["warned"]
-
-
-def batch_flops(trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> float:
-    """Floating-point operations of one training step on this rank: encoder and projector.
-
-    One row of each size of views is encoded and counted, a multiply-add as two; a backward pass takes
-    twice a forward (Kaplan et al., arXiv:2001.08361, section 2.1). Recomputation by ``encode_chunk`` and
-    the loss are left out. Modes, statistics and torch's random state stay as they are.
-
-    Args:
-        trainer: whose precision is used.
-        pl_module: a `SimCLR`.
-        batch: ``views`` (n, ...), and where there are, ``small_views``.
-    """
-    device = pl_module.device
-    modes = [(module, module.training) for module in pl_module.modules()]
-    projector = cast(nn.Module, pl_module.projector)
-    total = 0.0
-    pl_module.eval()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            for name in batch.keys() & {"views", "small_views"}:
-                counter = FlopCounterMode(display=False)
-                with torch.no_grad(), trainer.precision_plugin.forward_context(), counter:
-                    projector(pl_module(batch[name][:1]))
-                total += 3.0 * counter.get_total_flops() * len(batch[name])
-    finally:
-        for module, training in modes:
-            module.training = training
-    return total
-
-
-def _peak_flops(trainer: Trainer) -> float | None:
-    device = trainer.strategy.root_device
-    dtype = _DTYPES.get(str(trainer.precision).split("-")[0])
-    if device.type != "cuda" or dtype is None:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of devices that Lightning does not know
-        return get_available_flops(device, dtype)
 
 
 def _advice(trainer: Trainer, share: float, batches: int) -> str:

@@ -131,6 +131,7 @@ def _card(model: Subject, views: Augment, about: dict[str, Any]) -> str:
         native=native_timm_name(model),
         library=_library(model),
         small_stem=bool(options.get("small_stem")),
+        stem_stride=options.get("stem_stride", 1),
         by_simclr=model.config is not None,
         tuned=model.tuned,
         training=_training(model),

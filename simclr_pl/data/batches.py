@@ -3,14 +3,16 @@
 Symbols: B samples of this rank's batch, V views.
 """
 
+import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from simclr_pl.augment import Augment
 from simclr_pl.augmentation import Augmentation, Rows, Table
 from simclr_pl.data.decode import UnreadableSample
 from simclr_pl.data.places import Places
@@ -28,21 +30,67 @@ class Views(NamedTuple):
         augment: how they are made.
         n_views: V; 0 asks for the one clean view.
         first: number of the first of them, part of the key of its random choices.
+        until: other augmentations for the first epochs: pairs of one and the epoch, from 0, before
+            which it ends, in this order.
     """
 
     augment: Augmentation
     n_views: int
     first: int = 0
+    until: tuple[tuple[int, Augmentation], ...] = ()
+
+    def at(self, epoch: int) -> Augmentation:
+        """The augmentation of an epoch, from 0."""
+        return next((other for end, other in self.until if epoch < end), self.augment)
+
+    @property
+    def augments(self) -> list[Augmentation]:
+        """Those of all epochs, in their order."""
+        return [*(other for _, other in self.until), self.augment]
+
+
+def stages(
+    until: Mapping[int, Augmentation] | None, augment: Augmentation
+) -> tuple[tuple[int, Augmentation], ...]:
+    """Checks and sorts the augmentations of the first epochs; all normalise as ``augment`` does.
+
+    Args:
+        until: by the epoch, from 0, before which each ends.
+        augment: what follows them.
+
+    Raises:
+        InputError: an end < 1, or an augmentation of another kind of samples.
+    """
+    pairs = []
+    for end, other in sorted((until or {}).items()):
+        if end < 1:
+            raise InputError(
+                f"the epochs before which augmentations end must be >= 1; got {end}. Set "
+                "`data.augment_until`."
+            )
+        if isinstance(other, Augment) != isinstance(augment, Augment):
+            raise InputError(
+                f"`augment_until` must make views of what `augment` does; got {type(other).__name__} "
+                f"until epoch {end}, then {type(augment).__name__}. Set `data.augment_until`."
+            )
+        for name in ("mean", "std"):
+            ours = getattr(augment, name, None)
+            if not np.array_equal(getattr(other, name, None), ours):  # type: ignore[arg-type]
+                other = copy.copy(other)
+                setattr(other, name, ours)
+        pairs.append((end, other))
+    return tuple(pairs)
 
 
 class BatchDataset(Dataset[Batch]):
     """Maps a `Draw` to a batch.
 
-    A batch holds ``label`` and ``index`` (B,) int64 and ``groups``, one for each size of views, what
-    `Augmentation.prepare` says, with the views of a sample beside each other or not. A sample that
-    cannot be read leaves its name and the reason in ``unreadable``, and its place to a spare, or, where
-    there is no order to take spares from, to padding. Where views may be replaced, the batch also holds
-    ``ids`` (V, B) int64, the sample that each view shows, views of all sizes.
+    A batch holds ``label`` and ``index`` (B,) int64, ``epoch``, an int that stays on the host, and
+    ``groups``, one for each size of views, what `Augmentation.prepare` says, with the views of a
+    sample beside each other or not. A sample that cannot be read leaves its name and the reason in
+    ``unreadable``, and its place to a spare, or, where there is no order to take spares from, to
+    padding. Where views may be replaced, the batch also holds ``ids`` (V, B) int64, the sample that each
+    view shows, views of all sizes.
 
     Args:
         images: the set.
@@ -89,7 +137,7 @@ class BatchDataset(Dataset[Batch]):
         index = places.positions
         labels = self.images.labels
         content: Batch = {"label": np.where(index < 0, -1, labels[np.maximum(index, 0)])}
-        content |= {"index": index, "groups": groups}
+        content |= {"index": index, "groups": groups, "epoch": draw.epoch}
         if self.replace_probability and self.order is not None:
             shown = [places.views(v.n_views, v.first)[0].T for v in self.views]
             content["ids"] = np.concatenate(shown)
@@ -131,7 +179,8 @@ class SampleBatches(BatchDataset):
     ) -> list[Table]:
         """The groups of the places ``slots`` alone."""
         groups = []
-        for augment, n_views, first in self.views:
+        for views in self.views:
+            augment, n_views, first = views.at(epoch), views.n_views, views.first
             if not n_views:
                 groups.append(augment.prepare([samples[slot] for slot in slots], None))
                 continue

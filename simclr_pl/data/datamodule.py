@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 
 from simclr_pl.augment import Augment
 from simclr_pl.augmentation import Augmentation
@@ -17,9 +18,10 @@ from simclr_pl.data.batches import (
     BatchDataset,
     SampleBatches,
     Views,
+    stages,
     with_floats,
 )
-from simclr_pl.data.image_batches import ImageBatches
+from simclr_pl.data.image_batches import ImageBatches, largest_side
 from simclr_pl.data.image_stage import ImageStage, warm_up
 from simclr_pl.data.labels import labelled_part
 from simclr_pl.data.loader import Loader
@@ -52,6 +54,10 @@ class ContrastiveDataModule(LightningDataModule):
         n_small_views: further, smaller views of each image (multi-crop).
         augment: the augmentation; by default the source's own.
         small_augment: that of the small views; by default `Augment.small` of ``augment``.
+        augment_until: other augmentations for the first epochs, each by the epoch, from 0, before which
+            it ends: {30: A, 60: B} is A in epochs 0 to 29, B in 30 to 59, ``augment`` after. One of a
+            smaller ``size`` is progressive resolution. All have the ``mean`` and ``std`` of ``augment``.
+            Small views, clean views and all that is evaluated keep to theirs.
         replace_probability: simulated data: probability that the second view of a sample shows
             another sample of the same global batch, augmented in a way of its own. Batches then hold
             ``ids`` (V, B), the sample that each view shows, and the loss takes views of one sample for
@@ -60,15 +66,16 @@ class ContrastiveDataModule(LightningDataModule):
         num_workers: loader processes on each rank; by default one for each core that the rank has,
             none for sets that live in memory.
         resident: of images: "memory" decodes the set once and keeps it there, "device" on the
-            accelerator, "none" reads each image when it is needed; "auto" keeps images of one size that
-            take less than a quarter of the free memory, on the accelerator if less than a quarter of its
-            own.
+            accelerator, "none" reads each image when it is needed; "auto" keeps a set that takes less
+            than a quarter of the free memory, on the accelerator if less than a quarter of its own, and
+            where images differ in size at most 2 GiB, for photographs take long to decode.
         bank_size: labelled training samples in the bank at most.
         eval_batch_size: samples of an evaluation batch on each rank.
         max_bad_fraction: share of samples that cannot be read, above which the run stops.
 
     Raises:
-        InputError: see `setup`; a number out of its range; too many unreadable samples.
+        InputError: see `setup`; a number out of its range; ``augment_until`` does not fit ``augment``;
+            too many unreadable samples.
     """
 
     def __init__(
@@ -79,6 +86,7 @@ class ContrastiveDataModule(LightningDataModule):
         n_small_views: int = 0,
         augment: Augmentation | None = None,
         small_augment: Augmentation | None = None,
+        augment_until: dict[int, Augmentation] | None = None,
         replace_probability: float = 0.0,
         seed: int = 0,
         num_workers: int | None = None,
@@ -96,6 +104,7 @@ class ContrastiveDataModule(LightningDataModule):
         self.small_augment = small_augment or (
             self.augment.small() if n_small_views else self.augment
         )
+        self.augment_until = augment_until
         self.replace_probability = replace_probability
         self.seed = seed
         self.num_workers = num_workers
@@ -117,6 +126,7 @@ class ContrastiveDataModule(LightningDataModule):
                 f"or samples; got {replace_probability} for {n_views} views of {global_batch_size} "
                 "samples. Set `data.replace_probability`."
             )
+        stages(augment_until, self.augment)
         self.unreadable: dict[str, str] = {}  # name and reason, each reported once
         self._sets: dict[str, Images] = {}
         self._image_stage = ImageStage()
@@ -168,6 +178,12 @@ class ContrastiveDataModule(LightningDataModule):
                 f"`global_batch_size` {self.global_batch_size}. Set `data.global_batch_size` to at most "
                 f"{count}, or give more {unit}."
             )
+        epochs = getattr(self.trainer, "max_epochs", None) or -1
+        if stage == "fit" and 0 < epochs <= (end := max(self.augment_until or (0,))):
+            rank_zero_warn(
+                f"`data.augment` comes after epoch {end}, and the run ends after {epochs}: it will never "
+                "be trained on. Set `data.augment_until` to end sooner."
+            )
 
     def _check_augment(self) -> None:
         own = self.source.default_augment()
@@ -210,7 +226,7 @@ class ContrastiveDataModule(LightningDataModule):
         where = f"read by {workers} workers" if workers else "read as they are needed"
         if isinstance(train, ResidentImages):
             place = f"on {self._device}" if self._crops_on_device(train) else "in memory"
-            where = f"{train.pixels.nbytes / 2**20:,.0f} MiB resident {place}"
+            where = f"{train.flat.nbytes / 2**20:,.0f} MiB resident {place}"
         return f"{type(self.source).__name__}: {', '.join(parts)} {self.source.unit}, {where}"
 
     @property
@@ -285,10 +301,14 @@ class ContrastiveDataModule(LightningDataModule):
         dataset.make_room(sampler.batch_size, workers)
         return Loader(dataset, first_step, sampler=sampler, num_workers=workers)
 
+    def augment_at(self, epoch: int) -> Augmentation:
+        """The augmentation of training views in an epoch, from 0."""
+        return self._views("train")[0].at(epoch)
+
     def _views(self, name: str) -> list[Views]:
         if name != "train":
             return [Views(self.augment, 0)]
-        views = [Views(self.augment, self.n_views)]
+        views = [Views(self.augment, self.n_views, until=stages(self.augment_until, self.augment))]
         if self.n_small_views:
             views.append(Views(self.small_augment, self.n_small_views, self.n_views))
         return views
@@ -298,7 +318,7 @@ class ContrastiveDataModule(LightningDataModule):
         if not isinstance(images, ResidentImages):
             return False
         if self._device.type == "cpu":  # larger views are cut one by one, by the loader
-            return all(is_small(v.augment.size) for v in self._views("train"))  # type: ignore[attr-defined]
+            return all(is_small(largest_side(v.augments)) for v in self._views("train"))
         return self.resident == "device" or (
             self.resident == "auto" and fits_on_device(images, self._device)
         )
@@ -349,7 +369,7 @@ class ContrastiveDataModule(LightningDataModule):
             if isinstance(views.augment, Augment):
                 result[key] = self._image_stage(self.samples(name), batch, group, views)
             else:
-                result[key] = views.augment.finish(with_floats(group))
+                result[key] = views.at(batch["epoch"]).finish(with_floats(group))
         return result
 
     # Checkpoints.

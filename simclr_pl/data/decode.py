@@ -245,8 +245,10 @@ def cut_crops(pixels: np.ndarray, crops: np.ndarray, size: int, out: np.ndarray)
         out: (V, S, S, C) uint8, filled in.
     """
     if is_small(size) and pixels.nbytes <= _SMALL:  # to the same bits
-        one = np.require(pixels, requirements=["C", "W"])[None]  # else compiled once more
-        return crop_rows(one, np.zeros(1, np.int64), crops[None], out[None])
+        height, width, channels = pixels.shape
+        one = np.require(pixels, requirements=["C", "W"])  # else compiled once more
+        zero, sides = np.zeros(1, np.int64), np.array([[height, width]])
+        return crop_rows(one.reshape(-1, channels), zero, sides, zero, crops[None], out[None])
     for view, (top, left, height, width, flipped) in zip(out, crops.tolist(), strict=True):
         crop = pixels[top : top + height, left : left + width]
         resize(crop, size, size, bool(flipped), view)

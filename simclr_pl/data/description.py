@@ -189,7 +189,7 @@ def _head(images: Images, i: int) -> tuple[int, int, int] | None:
         return None
     channels = getattr(getattr(images, "reader", None), "channels", None)
     if isinstance(images, ResidentImages):
-        channels = images.pixels.shape[1]
+        channels = images.flat.shape[1]
     raw = picture.height * picture.width * (channels or 3)
     return raw if data is None else len(data), picture.width, picture.height
 
@@ -205,7 +205,7 @@ def _length(samples: Images, i: int) -> tuple[int, int, int] | None:
 
 def _total_bytes(images: Images) -> int | None:
     if isinstance(images, ResidentImages):
-        return images.pixels.numel()
+        return images.flat.numel()
     if not isinstance(images.reader, FileReader):
         return None
     return sum(_size(images.name(i)) for i in range(len(images)))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from simclr_pl.augment import Augment
+from simclr_pl.augmentation import Augmentation
 from simclr_pl.data.batches import Batch, BatchDataset, Views, guarded
 from simclr_pl.data.decode import Picture, UnreadableSample, cut_crops
 from simclr_pl.data.places import Places
@@ -23,8 +24,9 @@ class ImageBatches(BatchDataset):
     """Batches of images: one decode serves all views of an image.
 
     A group holds ``images`` (B, V, C, S, S) uint8 with the channels last in memory, or the ``crops``
-    (B, V, 5) to cut on the device; and ``table``, the parameters for the device stage, except for clean
-    views.
+    (B, V, 5) to cut on the device, where images differ in size with the height and width of the
+    ``largest`` crop, two ints that stay on the host; and ``table``, the parameters for the device stage,
+    except for clean views.
 
     Args:
         images: the set.
@@ -53,7 +55,7 @@ class ImageBatches(BatchDataset):
     def make_room(self, batch_size: int, workers: int) -> None:
         """Makes the memory for batches of ``batch_size`` images at most, before workers start."""
         if not self.crop_on_device:
-            sizes = [(max(1, v.n_views), _augment_of(v).size) for v in self.views]
+            sizes = [(max(1, v.n_views), largest_side(v.augments)) for v in self.views]
             self.slots = [
                 Slots((batch_size, n_views, size, size, self.channels), workers)
                 for n_views, size in sizes
@@ -71,18 +73,26 @@ class ImageBatches(BatchDataset):
                     places.open(slot)
                 for slot in places.given():
                     places.open_giver(slot)
-            sides = [np.full(len(places.positions), n) for n in self.images.pixels.shape[2:]]
-            groups: list[Batch] = [
-                {"crops": self._crops(v, epoch, *self._keys(v, places), *sides)} for v in self.views
-            ]
+            groups = [self._drawn_crops(v, epoch, places) for v in self.views]
         else:
             groups = [{"images": images} for images in self._decode(epoch, places)]
         for group, views in zip(groups, self.views, strict=True):
             if views.n_views:
                 index, first = self._keys(views, places)
-                table = _augment_of(views).draw(self.seed, epoch, index, views.n_views, first)
+                table = _augment_of(views, epoch).draw(
+                    self.seed, epoch, index, views.n_views, first
+                )
                 group["table"] = guarded(table)
         return groups
+
+    def _drawn_crops(self, views: Views, epoch: int, places: Places) -> Batch:
+        assert isinstance(self.images, ResidentImages)
+        index, first = self._keys(views, places)
+        sides = self.images.sides[np.maximum(index, 0)]  # padding shows the first image
+        crops = self._crops(views, epoch, index, first, sides[..., 0], sides[..., 1])
+        if self.images.one_size:
+            return {"crops": crops}
+        return {"crops": crops, "largest": tuple(crops[..., 2:4].max((0, 1)).tolist())}
 
     def _keys(self, views: Views, places: Places) -> tuple[np.ndarray, int | np.ndarray]:
         """Samples and first number of views, as `Augment.draw` takes them."""
@@ -100,7 +110,7 @@ class ImageBatches(BatchDataset):
         height: np.ndarray,
         width: np.ndarray,
     ) -> np.ndarray:
-        augment = _augment_of(views)
+        augment = _augment_of(views, epoch)
         if not views.n_views:
             return augment.clean_crops(height, width)
         return augment.draw_crops(self.seed, epoch, index, views.n_views, height, width, first)
@@ -109,7 +119,8 @@ class ImageBatches(BatchDataset):
         count = len(places.positions)
         if not self.slots:
             self.make_room(count, 0)
-        rooms = [pool.take(count) for pool in self.slots]
+        sides = [_augment_of(views, epoch).size for views in self.views]
+        rooms = [pool.take(count, side) for pool, side in zip(self.slots, sides, strict=True)]
         for start in range(0, count, _BLOCK):
             slots = range(start, min(count, start + _BLOCK))
             pictures = [places.open(slot) for slot in slots]
@@ -120,8 +131,8 @@ class ImageBatches(BatchDataset):
                     pictures[i] = places.open(slot)  # a spare
                     index = places.positions[slot : slot + 1]
                     crops = [c[0] for c in self._own_crops(epoch, index, [pictures[i]])]
-                for views, crop, room in zip(self.views, crops, rooms, strict=True):
-                    cut_crops(pixels, crop, _augment_of(views).size, room.array[slot])
+                for side, crop, room in zip(sides, crops, rooms, strict=True):
+                    cut_crops(pixels, crop, side, room.array[slot])
             if self.replace_probability:
                 self._cut_given(epoch, places, slots, rooms[0].array)
         return [room.tensor() for room in rooms]
@@ -146,12 +157,18 @@ class ImageBatches(BatchDataset):
         for crop, (slot, picture) in zip(crops, opened.items(), strict=True):
             pixels = _pixels(picture, places.drop_giver, slot)
             if pixels is not None:
-                cut_crops(pixels, crop, _augment_of(views).size, room[slot, 1:2])
+                cut_crops(pixels, crop, _augment_of(views, epoch).size, room[slot, 1:2])
 
 
-def _augment_of(views: Views) -> Augment:
-    assert isinstance(views.augment, Augment)
-    return views.augment
+def largest_side(augments: Sequence[Augmentation]) -> int:
+    """S of the largest views that augmentations of images make, in pixels."""
+    return max(augment.size for augment in augments if isinstance(augment, Augment))
+
+
+def _augment_of(views: Views, epoch: int) -> Augment:
+    augment = views.at(epoch)
+    assert isinstance(augment, Augment)
+    return augment
 
 
 def _pixels(picture: Picture, replace: Callable[..., None], slot: int) -> np.ndarray | None:

@@ -5,7 +5,7 @@ Symbols: M images in a set.
 
 import math
 from collections import defaultdict
-from dataclasses import replace
+from copy import copy
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -104,7 +104,8 @@ class LabelledSubset(Source):
         if self.keep_rest:
             labels = np.full_like(images.labels, -1)
             labels[chosen] = images.labels[chosen]
-            self.train = replace(images, labels=labels)
+            self.train = copy(images)  # of the same pixels
+            self.train.labels = labels
 
     def _named(self, images: Images, files: Path) -> np.ndarray:
         """Positions of the labelled images that the lines of a file name, in order."""

@@ -44,7 +44,7 @@ def fingerprint_of(
             total.update(f"{split} {len(images)}".encode())
             total.update(images.labels.tobytes())
             if isinstance(images, ResidentImages):
-                total.update(images.pixels.permute(0, 2, 3, 1).numpy())  # type: ignore[arg-type]
+                total.update(images.flat.numpy())  # type: ignore[arg-type]
             elif isinstance(images.reader, EncodedReader):
                 total.update(str(images.reader.max_pixels).encode())
             for i in bar.over(range(len(images))):

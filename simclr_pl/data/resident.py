@@ -16,7 +16,9 @@ from simclr_pl.data.sources import EncodedReader, Images, ResidentImages, Stored
 from simclr_pl.data.sweep import Bar
 from simclr_pl.errors import InputError
 
-_PROBED = 16  # images whose heads are read to tell whether a set has one size
+_PROBED = 16  # images whose heads are read to estimate the size of a set
+_MOST_MIXED = 2**31  # bytes of a set of mixed sizes: photographs take long to decode
+_BLOCK = 256  # images decoded by a thread at a time
 _SHARE = 0.25  # of the free memory that a set may take by itself
 
 
@@ -27,54 +29,52 @@ def hold(
 
     Args:
         sets: by name; the same set may have several names.
-        forced: all of them, not only those of one size that fit.
+        forced: all of them, not only those that `fits_in_memory` says.
         channels: C.
         sharers: ranks on this machine, each with a copy of its own.
         threads: that decode.
         quiet: show no bar.
 
     Raises:
-        InputError: see `decode_all`, where ``forced``.
+        InputError: see `decode_all`.
     """
     held: dict[int, Images] = {}
     for images in sets.values():
         if isinstance(images, ResidentImages) or id(images) in held:
             continue
         if forced or fits_in_memory(images, channels, sharers):
-            try:
-                with Bar("Decoding into memory", len(images), hidden=quiet) as bar:
-                    held[id(images)] = decode_all(images, threads, bar.advance)
-            except InputError:  # not of one size after all
-                if forced:
-                    raise
+            with Bar("Decoding into memory", len(images), hidden=quiet) as bar:
+                held[id(images)] = decode_all(images, threads, bar.advance)
     return {name: held.get(id(images), images) for name, images in sets.items()}
 
 
 def fits_in_memory(images: StoredSamples, channels: int, sharers: int) -> bool:
-    """Whether a set seems to have images of one size, and takes little of the free memory.
+    """Whether a set seems to take little of the free memory, and, of mixed sizes, 2 GiB at most.
 
     Args:
         images: the set; a few heads are read.
         channels: C.
         sharers: ranks on this machine, each with a copy of its own.
     """
-    sizes = set()
+    sizes = []
     for i in np.linspace(0, len(images) - 1, min(_PROBED, len(images))).astype(int).tolist():
         try:
-            sizes.add(images.open(i)[:2])
+            sizes.append(images.open(i)[:2])
         except UnreadableSample:
             continue
-    if len(sizes) != 1:
+    if not sizes:
         return False
-    height, width = sizes.pop()
-    return bool(len(images) * height * width * channels * sharers <= _SHARE * free_memory())
+    need = len(images) * channels * float(np.mean([height * width for height, width in sizes]))
+    if len(set(sizes)) > 1 and need > _MOST_MIXED:
+        return False
+    return need * sharers <= _SHARE * free_memory()
 
 
 def fits_on_device(images: ResidentImages, device: torch.device) -> bool:
     """Whether the pixels take at most a quarter of a GPU's free memory."""
     if device.type != "cuda":
         return True  # shared with the host's
-    return images.pixels.nbytes <= _SHARE * torch.cuda.mem_get_info(device)[0]
+    return images.flat.nbytes <= _SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def free_memory() -> int:
@@ -98,43 +98,46 @@ def free_memory() -> int:
 def decode_all(
     images: StoredSamples, threads: int, progress: Callable[[int], None] = lambda n: None
 ) -> ResidentImages:
-    """Decodes a whole set; what cannot be read is remembered, as black pixels.
+    """Decodes a whole set, in one pass; what cannot be read is remembered, as a black pixel.
 
     Args:
-        images: of one size.
+        images: of any sizes.
         threads: that decode; the decoders release Python's lock.
         progress: called with the number of images of each finished block.
 
     Raises:
-        InputError: the images differ in size, or none can be read.
+        InputError: none of the images can be read.
     """
-    first = _first_readable(images)
-    pixels = np.zeros((len(images), *first.shape), np.uint8)
+    channels = _first_readable(images).shape[2]
     unreadable: dict[int, tuple[str, str]] = {}
 
-    def work(block: range) -> None:
+    def work(block: range) -> list[np.ndarray]:
+        decoded = []
         for i in block:
             try:
-                one = images.open(i).pixels(reuse=True)
+                decoded.append(images.open(i).pixels(reuse=True).copy())
             except UnreadableSample as error:
                 unreadable[i] = images.name(i), str(error)
-                continue
-            if one.shape != first.shape:
-                raise InputError(
-                    "a resident set needs images of one size; got "
-                    f"{one.shape[1]} x {one.shape[0]} pixels in {images.name(i)!r} and "
-                    f"{first.shape[1]} x {first.shape[0]} before. Set `data.resident` to none."
-                )
-            pixels[i] = one
+                decoded.append(np.zeros((1, 1, channels), np.uint8))
         progress(len(block))
+        return decoded
 
     if not isinstance(images.reader, EncodedReader):
         threads = 1  # a user's data set may share a file among its items
-    blocks = [range(i, min(i + 256, len(images))) for i in range(0, len(images), 256)]
+    blocks = [range(i, min(i + _BLOCK, len(images))) for i in range(0, len(images), _BLOCK)]
+    flat, sides = np.empty(0, np.uint8), []
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        list(pool.map(work, blocks))
-    tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    return ResidentImages(tensor, images.labels, dict(sorted(unreadable.items())))
+        for decoded in pool.map(work, blocks):
+            sides += [pixels.shape[:2] for pixels in decoded]
+            # The system moves no byte of a large array that grows, it maps its pages elsewhere. So the
+            # sizes need not be known before, and there is no second copy of the set.
+            done = flat.size
+            flat.resize(done + sum(pixels.size for pixels in decoded), refcheck=False)
+            np.concatenate([pixels.ravel() for pixels in decoded], out=flat[done:])
+    tensor = torch.from_numpy(flat).view(-1, channels)
+    return ResidentImages(
+        tensor, images.labels, dict(sorted(unreadable.items())), np.array(sides, np.int64)
+    )
 
 
 def _first_readable(images: Images) -> np.ndarray:

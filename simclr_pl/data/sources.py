@@ -4,12 +4,12 @@ A `Source` opens three sets: `train` for the views, `bank` (labelled training sa
 (labelled samples kept out of training) for evaluation. A set is `ResidentImages`, one uint8 tensor in
 memory, or `StoredSamples`, read one by one.
 
-Symbols: M samples in a set, C channels, H x W pixels.
+Symbols: M samples in a set, C channels, H x W pixels of an image, P pixels of all images of a set.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -68,25 +68,52 @@ class EncodedReader(Reader):
         return open_picture(data, self.channels, self.max_pixels)
 
 
-@dataclass
 class ResidentImages:
-    """Images of one size in memory.
+    """Images in memory.
 
-    Attributes:
-        pixels: (M, C, H, W) uint8; kept with the channels last in memory, as the crops are cut.
+    Args:
+        pixels: (M, C, H, W) uint8; or, where ``sides`` is given, (P, C) uint8, the P pixels of images of
+            any sizes, row by row, one image behind the other.
         labels: (M,) int64, -1 where there is none.
         unreadable: positions of images that could not be read, each with its name and the reason.
+        sides: (M, 2) int64, height and width of each image.
+
+    Attributes:
+        flat: (P, C) uint8, contiguous; it shares the memory of pixels whose channels are last in theirs.
+        start: (M,) int64, the first pixel of each image in ``flat``.
+        one_size: height and width, where all images have the same; else None.
     """
 
-    pixels: Tensor
-    labels: np.ndarray
-    unreadable: dict[int, tuple[str, str]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.pixels = self.pixels.contiguous(memory_format=torch.channels_last)
+    def __init__(
+        self,
+        pixels: Tensor,
+        labels: np.ndarray,
+        unreadable: dict[int, tuple[str, str]] | None = None,
+        sides: np.ndarray | None = None,
+    ) -> None:
+        if sides is None:
+            sides = np.tile(np.array(pixels.shape[2:], np.int64), (len(labels), 1))
+            pixels = pixels.permute(0, 2, 3, 1).reshape(-1, pixels.shape[1])
+        ends = sides.prod(1).cumsum()
+        assert len(pixels) == (ends[-1] if len(ends) else 0)
+        self.flat, self.labels, self.sides = pixels.contiguous(), labels, sides
+        self.unreadable = unreadable or {}
+        self.start = ends - sides.prod(1)
+        first = tuple(sides[0].tolist()) if len(sides) else (0, 0)
+        self.one_size: tuple[int, int] | None = first if (sides == first).all() else None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def pixels(self) -> Tensor:
+        """(M, C, H, W) uint8 of images of one size, the channels last in memory, as crops are cut."""
+        return self.shaped(self.flat)
+
+    def shaped(self, flat: Tensor) -> Tensor:
+        """``flat``, or a copy of it on a device, as `pixels`."""
+        assert self.one_size is not None
+        return flat.view(len(self), *self.one_size, flat.shape[1]).permute(0, 3, 1, 2)
 
     def name(self, i: int) -> str:
         """What a message calls the image at position ``i``."""
@@ -96,8 +123,14 @@ class ResidentImages:
         """The image at position ``i``."""
         if i in self.unreadable:
             raise UnreadableSample(self.unreadable[i][1])
-        row = self.pixels[i].permute(1, 2, 0).numpy()  # (H, W, C)
-        return Picture(row.shape[0], row.shape[1], lambda reuse=False: row)
+        pixels = self._pixels(i)
+        return Picture(pixels.shape[0], pixels.shape[1], lambda reuse=False: pixels)
+
+    def _pixels(self, i: int) -> np.ndarray:
+        """(H, W, C), of the memory of all."""
+        height, width = self.sides[i].tolist()
+        first = int(self.start[i])
+        return self.flat[first : first + height * width].numpy().reshape(height, width, -1)
 
     def subset(self, index: np.ndarray) -> "ResidentImages":
         """The images at ``index``, in that order."""
@@ -106,7 +139,12 @@ class ResidentImages:
             for new, old in enumerate(index.tolist() if self.unreadable else ())
             if old in self.unreadable
         }
-        return ResidentImages(self.pixels[torch.from_numpy(index)], self.labels[index], unreadable)
+        flat, lengths = self.flat.numpy(), self.sides.prod(1)
+        parts = zip(self.start[index].tolist(), lengths[index].tolist(), strict=True)
+        copy = np.concatenate([flat[:0], *(flat[first : first + n] for first, n in parts)])
+        return ResidentImages(
+            torch.from_numpy(copy), self.labels[index], unreadable, self.sides[index]
+        )
 
 
 @dataclass

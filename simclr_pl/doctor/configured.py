@@ -92,7 +92,12 @@ class Kind(NamedTuple):
 
 
 def kinds_of(cli: Configured, channels: int) -> list[Kind]:
-    """The views of an image, by size; empty for other samples, whose views are to be made to be known."""
+    """The views of an image, by size; empty for other samples, whose views are to be made to be known.
+
+    Of sizes that change with the epochs it is the largest, by which memory is bounded.
+    """
     data: Any = cli.datamodule
-    found = [(data.n_views, data.augment), (data.n_small_views, data.small_augment)]
+    of_all_epochs = [*(data.augment_until or {}).values(), data.augment]
+    views = max(of_all_epochs, key=lambda augment: getattr(augment, "size", 0))
+    found = [(data.n_views, views), (data.n_small_views, data.small_augment)]
     return [Kind(n, (channels, a.size, a.size)) for n, a in found if n and isinstance(a, Augment)]

@@ -123,13 +123,14 @@ def _timed(
     )
     pixels = 0
     data.source = _Sample(source, sample)
+    data.augment_until = None  # of most epochs
     data.resident = "memory" if kept else "none"
     data.num_workers = 0
     data.global_batch_size = min(_BATCH, len(sample))
     data.setup("fit")
     held = data.samples("train")
     if isinstance(held, ResidentImages):
-        pixels = held.pixels.nbytes // len(held) * len(whole)
+        pixels = held.flat.nbytes // len(held) * len(whole)
     loading, staging, batch, views = _stopwatch(data, seconds)
     return {
         "kinds": [] if of_images else _kinds(views, data),
