@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check docs format bench bench-loss bench-batch bench-data bench-knn bench-monitors bench-survival soak clean
+.PHONY: help setup run test check docs format bench bench-loss bench-batch bench-data bench-knn bench-monitors bench-survival speedrun soak clean
 
 help: ## List the commands.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 16
@@ -72,6 +72,12 @@ bench-monitors: setup ## Monitors against the offline protocols on CIFAR-10; CIF
 
 bench-survival: setup ## What checkpoints, watchdog, preemption and guard cost in a step.
 	@$(BIN)/python -W ignore benchmarks/survival.py
+
+SPEEDRUN ?= cifar10-100ep
+SEEDS ?= 0
+
+speedrun: setup ## A whole run against the clock: SPEEDRUN=cifar10 or imagenette, PACKED= the set, SEEDS="0 1 2".
+	@$(BIN)/python benchmarks/speedrun.py --config speedrun/$(SPEEDRUN) --seeds $(SEEDS) $(if $(PACKED),--data $(PACKED))
 
 $(VENV)/.bench: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

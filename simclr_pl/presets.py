@@ -11,15 +11,16 @@ def preset_files() -> dict[str, Path]:
     package = Path(__file__).parent
     inside = package / "configs"  # in a wheel; in a checkout they lie beside the package
     folder = inside if inside.is_dir() else package.parent / "configs"
-    files = sorted(folder.glob("*.yaml"), key=lambda file: file.stem)
-    return {file.stem: file for file in files}
+    files = [*folder.glob("*.yaml"), *folder.glob("speedrun/*.yaml")]
+    named = {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+    return dict(sorted(named.items()))
 
 
 def config_file(name: str) -> Path:
     """The file that a user means: a path that exists, else a configuration of the package.
 
     Args:
-        name: e.g. "my.yaml", "cifar10" or "cifar10.yaml".
+        name: e.g. "my.yaml", "cifar10", "cifar10.yaml" or "speedrun/cifar10".
 
     Raises:
         InputError: there is neither.

@@ -14,13 +14,17 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def test_all_configs_are_presets_by_name() -> None:
-    assert list(preset_files()) == sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+    own = [file.stem for file in CONFIGS.glob("*.yaml")]
+    quick = [f"speedrun/{file.stem}" for file in CONFIGS.glob("speedrun/*.yaml")]
+    assert list(preset_files()) == sorted(own + quick)
+    assert len(quick) == 3
 
 
 def test_a_path_goes_before_a_name(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     assert config_file("cifar10") == config_file("cifar10.yaml") == CONFIGS / "cifar10.yaml"
     Path("cifar10.yaml").write_text("")
+    assert config_file("speedrun/cifar10.yaml") == CONFIGS / "speedrun" / "cifar10.yaml"
     assert config_file("cifar10.yaml") == Path("cifar10.yaml")
     assert config_file("cifar10") == CONFIGS / "cifar10.yaml"
 

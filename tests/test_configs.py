@@ -18,10 +18,16 @@ from simclr_pl.data.clips import Clip
 from simclr_pl.data.description import Moments, write_moments
 from simclr_pl.data.sources import ResidentImages, Source
 from simclr_pl.optim import lr_factor, parameter_groups
+from simclr_pl.presets import preset_files
 from simclr_pl.text_augment import TextAugment
 from simclr_pl.training_cli import SimCLRCLI
 
-CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.yaml"))
+CONFIGS = list(preset_files().values())
+
+
+def name_of(path: Path) -> str:
+    return next(name for name, file in preset_files().items() if file == path)
+
 
 # Of each preset the peak rate, weight decay and temperature, from the flags or lines of its source:
 # README of google-research/simclr for those with its name, CONFIG.md of moco-v3, lightly's
@@ -44,6 +50,9 @@ SOURCES: dict[str, tuple[float, float, float] | None] = {
     "imagenet-256": (0.075 * math.sqrt(256), 1e-4, 0.1),
     "imagenet-12gb": _IMAGENET,
     "simclrv2": (6.4, 1e-4, 0.1),  # the paper gives the product of 0.1 and sqrt(4096)
+    "speedrun/cifar10-100ep": (0.06 * 512 / 256, 5e-4, 0.5),
+    "speedrun/cifar10": (0.03 * 1024 / 256, 5e-4, 0.5),
+    "speedrun/imagenette": (6e-2 * 512 / 256, 5e-4, 0.5),
     "vit-small": (1.5e-4 * 4096 / 256, 0.1, 0.2),  # main_moco.py: args.lr * args.batch_size / 256
 }
 # Batch, epochs and epochs of warm-up by the same sources
@@ -55,6 +64,9 @@ LENGTHS = {
     "imagenet-256": (256, 100, 10),
     "imagenet-12gb": (4096, 100, 10),
     "simclrv2": (4096, 800, 0.05 * 800),
+    "speedrun/cifar10-100ep": (512, 100, 0),
+    "speedrun/cifar10": (1024, 500, 5),
+    "speedrun/imagenette": (512, 800, 10),
     "vit-small": (4096, 300, 40),
 }
 # Side, strength of the jitter, probabilities of grey, blur and solarisation by the same sources
@@ -65,6 +77,9 @@ VIEWS = {
     "cifar10-200ep": _CIFAR_VIEWS,
     "cifar100": _CIFAR_VIEWS,
     "imagenette": (128, 0.5, 0.2, 0.5, 0.0),
+    "speedrun/cifar10-100ep": (32, 0.5, 0.1, 0.0, 0.0),
+    "speedrun/cifar10": (32, 0.5, 0.1, 0.0, 0.0),
+    "speedrun/imagenette": (128, 0.5, 0.2, 0.5, 0.0),
     "imagenet": _IMAGENET_VIEWS,
     "imagenet-256": _IMAGENET_VIEWS,
     "simclrv2": _IMAGENET_VIEWS,
@@ -119,17 +134,17 @@ class Words(Source):
         self.train = self.bank = self.query = in_memory(documents, np.arange(12) % 2)
 
 
-@pytest.fixture(scope="module", params=CONFIGS, ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=CONFIGS, ids=name_of)
 def preset(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Built]:
     """Built once; pytest runs all tests of one preset before it makes the next."""
     path: Path = request.param
     root = tmp_path_factory.mktemp("runs")
     args = ["fit", "--config", str(path), "--trainer.accelerator", "cpu"]
-    return path.stem, Built([*args, "--trainer.default_root_dir", str(root)])
+    return name_of(path), Built([*args, "--trainer.default_root_dir", str(root)])
 
 
 def test_every_config_has_its_source_in_the_table() -> None:
-    assert SOURCES.keys() == {path.stem for path in CONFIGS}
+    assert SOURCES.keys() == preset_files().keys()
 
 
 def test_preset_parses_and_builds(preset: tuple[str, Built]) -> None:
@@ -137,7 +152,7 @@ def test_preset_parses_and_builds(preset: tuple[str, Built]) -> None:
     assert cli.model.num_features > 0
     assert cli.datamodule.global_batch_size > 0
     root = Path(cli.trainer.default_root_dir)
-    assert cli.trainer.log_dir == str(root / name / "version_0")
+    assert cli.trainer.log_dir == str(root / name.replace("/", "-") / "version_0")
     assert (cli.model.encode_chunk is not None) == (name == "imagenet-12gb")
     if SOURCES[name] is not None:  # no paper rotates
         assert cli.datamodule.augment.rotation == cli.datamodule.augment.shift == 0
@@ -169,7 +184,8 @@ def test_views_are_those_of_the_source(preset: tuple[str, Built]) -> None:
     a = cli.datamodule.augment
     if name in VIEWS:
         assert (a.size, a.strength, a.grey, a.blur, a.solarise) == pytest.approx(VIEWS[name])
-        assert (a.crop_scale, a.jitter, a.flip) == ((0.08, 1.0), 0.8, 0.5)
+        low = 0.2 if name.startswith("speedrun/cifar10") else 0.08
+        assert (a.crop_scale, a.jitter, a.flip) == ((low, 1.0), 0.8, 0.5)
 
 
 def test_rotation_and_statistics_are_options_of_every_image_preset(
@@ -222,11 +238,11 @@ def test_preset_takes_a_step_that_reaches_every_tensor(preset: tuple[str, Built]
     assert sum(moved) > 0.5 * len(moved)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_header_says_command_hardware_result_and_source(path: Path) -> None:
     text = path.read_text()
     header = [line for line in text.splitlines() if line.startswith("#")]
-    assert header[0].startswith(f"# simclr fit --config configs/{path.name}")
+    assert header[0].startswith(f"# simclr fit --config configs/{name_of(path)}.yaml")
     facts = facts_of(text)
     assert facts.keys() == {"Hardware", "Data", "Expected", "Source"}
     measured = path.stem in ("quickstart", "cifar10-cpu", "spoken-digits", "package-docs")

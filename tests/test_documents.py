@@ -19,7 +19,7 @@ from tests.trained import digits_folder, digits_run
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs").glob("speedrun/*.yaml")])
 SHELL = ("", "bash", "sh", "shell", "console")
 # What a command is shortened by; the tests of the command run it as it is.
 SHORT = {
@@ -214,6 +214,7 @@ def test_python_runs(
 
 def test_no_placeholder_is_unknown() -> None:
     known = {"RUN", "FOLDER", "PACKED", "CHECKPOINT", "FILE", "CIFAR", "PHOTOGRAPHS", "SMALL"}
+    known |= {"SPEEDRUN", "SEEDS"}  # of make
     found = {w for all_ in COMMANDS.values() for c in all_ for w in re.findall(r"\b[A-Z]{3,}\b", c)}
     assert found <= known, "give it a stand-in, in `stand_ins`"
 
