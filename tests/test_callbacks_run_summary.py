@@ -13,6 +13,7 @@ from tiny import tiny_data, tiny_fit, tiny_model, tiny_trainer, weights
 import simclr_pl
 from simclr_pl import RunSummary
 from simclr_pl.callbacks import EvaluationPace
+from simclr_pl.callbacks.flops import batch_flops
 from simclr_pl.evaluation import encode_clean_views, score
 
 
@@ -40,6 +41,10 @@ def test_summary_holds_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     share, memory = summary["time"]["compute"], summary["peak_memory_mib"]
     assert f", {100 * share:.0f} % compute, " in printed
     assert f"; peak memory {memory:,.0f} MiB" in printed
+    step = batch_flops(tiny_trainer([]), tiny_model(), {"views": torch.rand(128, 1, 32, 32)})
+    assert summary["gflops"] * summary["seconds"] == pytest.approx(8 * step / 1e9, rel=0.01)
+    share = 100 * summary["flop_utilisation"]
+    assert f"{summary['gflops']:,.1f} GFLOP/s in encoder and head, {share:.0f} % of what" in printed
     for word in ("at initialisation", "raw pixels", "effective peak learning rate 0.05", "Digits:"):
         assert word in printed
     for key in ("knn_top1", "linear_top1", "knn_top1_init", "linear_top1_raw"):

@@ -202,11 +202,12 @@ def _table(scores: dict[str, float], unit: str, raw_name: str) -> Table:
 
 
 def _speed(summary: dict[str, Any]) -> str:
-    speed = f"{summary['gflops']:,.1f} GFLOP/s in encoder and head on a rank"
+    whose = " of each rank" if summary["world_size"] > 1 else ""
+    speed = f"{summary['gflops']:,.1f} GFLOP/s in encoder and head{whose}"
     if "flop_utilisation" not in summary:
         return speed
     share = 100 * summary["flop_utilisation"]
-    return f"{speed}, {share:.0f} % of what large matrix products reach on its device"
+    return f"{speed}, {share:.0f} % of what large matrix products reach on the device"
 
 
 def _start_lines(trainer: Trainer, pl_module: LightningModule) -> list[str]:
