@@ -25,7 +25,7 @@ run: setup ## Train on the embedded digits and print a table (about a minute).
 	@$(BIN)/simclr fit --config configs/quickstart.yaml
 
 test: setup ## Run the whole test suite.
-	@$(BIN)/python -m pytest -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -n 3 --dist worksteal
 
 soak: setup ## 100 faults, 200 kills within saves, 100 signals (under ten minutes); SIMCLR_TEST_SEED= another order.
 	@SIMCLR_TEST_FAULTS=100 SIMCLR_TEST_KILLS=200 SIMCLR_TEST_SIGNALS=100 $(BIN)/python -m pytest -s \
