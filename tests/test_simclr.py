@@ -75,8 +75,7 @@ def test_small_views_are_encoded_apart_and_are_positives_of_all_views_of_their_i
         assert outputs["features"].shape == (320, 32)
 
 
-@pytest.mark.parametrize("chunk", [None, 48])
-def test_a_compiled_encoder_makes_the_same_step(chunk: int | None) -> None:
+def test_a_compiled_encoder_makes_the_same_step_in_chunks() -> None:
     ends = []
     for compile in (True, False):
         torch.manual_seed(0)
@@ -88,7 +87,7 @@ def test_a_compiled_encoder_makes_the_same_step(chunk: int | None) -> None:
             optimizer=partial(SGD, lr=0.05),
             lr_scaling="none",
             warmup_epochs=0,
-            encode_chunk=chunk,
+            encode_chunk=48,  # of 128 rows: the last chunk is a plain call
             compile=compile,
         )
         graphs = counters["stats"]["unique_graphs"]

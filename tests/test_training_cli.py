@@ -340,7 +340,8 @@ def test_options_of_a_class_can_be_asked_for(capsys: pytest.CaptureFixture[str])
 def test_two_ranks_launched_by_the_trainer(tmp_path: Path) -> None:
     root = ["--trainer.default_root_dir", str(tmp_path)]
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    done = simclr("fit", *QUICK, *SHORT, *QUIET, *root, *two)
+    brief = ["--summary.baselines", "false", "--pictures", "null", "--report", "null"]
+    done = simclr("fit", *QUICK, *SHORT, *QUIET, *root, *two, *brief)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "quickstart/version_0/summary.json").read_text())
     assert summary["world_size"] == 2
