@@ -21,6 +21,7 @@ from torch import Tensor
 
 from simclr_pl.augmentation import Augmentation, Rows, Table
 from simclr_pl.errors import InputError
+from simclr_pl.gpu import triton_serves
 from simclr_pl.image_operations import blur, grey, jitter_colour, rotate_shift, to_float
 from simclr_pl.keyed_random import Stream, keys, uniforms
 
@@ -281,7 +282,7 @@ class Augment(Augmentation):
         colours = table.keys() & {"order", "grey", "sigma", "solarise"}
         if images.device.type == "cpu" and images.shape[2] == 3 and colours:
             return self._apply_compiled(images, table)
-        if view_kernels_serve(images):
+        if images.shape[2] in (1, 3) and triton_serves(images.device):
             return self._apply_kernels(images, table)
         return self.apply_batched(images, table)
 
@@ -453,18 +454,6 @@ def digits(
 def _by_view(value: np.ndarray) -> np.ndarray:
     """(B,) -> (B, 1); (B, V) as it is."""
     return value[:, None] if value.ndim == 1 else value
-
-
-def view_kernels_serve(pixels: Tensor) -> bool:
-    """Whether `simclr_pl.view_kernels` can work on them: (..., C, H, W) on a GPU that Triton knows."""
-    if not pixels.is_cuda or pixels.shape[-3] not in (1, 3):
-        return False
-    try:
-        from simclr_pl.loss_triton import can_start
-    except ImportError:  # triton comes with torch for some systems only
-        return False
-    # Triton compiles for compute capability 7.5 and later.
-    return torch.cuda.get_device_capability(pixels.device) >= (7, 5) and can_start()
 
 
 def _rows(value: Tensor) -> Tensor:

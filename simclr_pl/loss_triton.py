@@ -11,8 +11,6 @@ tile would have to be added across programs. Products are of full float32 ("ieee
 the exponents to 11 bits. This module imports triton, so import it where a GPU is at hand only.
 """
 
-import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -162,21 +160,6 @@ _tuned_sum_rows = triton.autotune(
 _tuned_weigh_rows = triton.autotune(
     [_config(32, 32, 4), _config(16, 32, 4), _config(64, 32, 8)], key=["width", "total"]
 )(weigh_rows)
-
-
-@functools.cache
-def can_start() -> bool:
-    """Whether Triton finds a GPU and what it needs to use it; warns once if not."""
-    try:
-        triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # of many types: no compiler, no Python.h, no driver
-        warnings.warn(
-            f"Triton cannot start, so loss and views take their slower paths ({error}). Triton needs a "
-            "C compiler and the headers of Python: install gcc and python3-dev.",
-            stacklevel=2,
-        )
-        return False
-    return True
 
 
 class PairKernels:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from simclr_pl.distributed import gather_rows, is_distributed, rank, world_size
 from simclr_pl.errors import InputError
+from simclr_pl.gpu import triton_serves
 from simclr_pl.loss_anchors import (
     LN_2,
     LOG2_E,
@@ -97,15 +98,11 @@ class _NTXent(GradientInForward):
 
 def _engine_for(own: Tensor, ids: Tensor | None) -> "type[PairTiles | PairKernels]":
     """Triton's kernels where they can serve, else the tiles."""
-    if not own.is_cuda or own.dtype != torch.float32 or ids is not None:
+    if own.dtype != torch.float32 or ids is not None or not triton_serves(own.device):
         return PairTiles
-    try:
-        from simclr_pl.loss_triton import LARGEST_WIDTH, PairKernels, can_start
-    except ImportError:  # triton comes with torch for some systems only
-        return PairTiles
-    # Triton compiles for compute capability 7.5 and later.
-    recent = torch.cuda.get_device_capability(own.device) >= (7, 5)
-    return PairKernels if recent and own.shape[1] <= LARGEST_WIDTH and can_start() else PairTiles
+    from simclr_pl.loss_triton import LARGEST_WIDTH, PairKernels  # triton is not everywhere
+
+    return PairKernels if own.shape[1] <= LARGEST_WIDTH else PairTiles
 
 
 def _weigher(own: Anchors, every: Anchors) -> Callable[[Tensor, Tile], Tensor]:

@@ -25,9 +25,10 @@ from torch.optim import Optimizer
 
 from simclr_pl.distributed import world_size
 from simclr_pl.errors import InputError
+from simclr_pl.gpu import triton_serves
 
 _WHOLE = StateDictOptions(full_state_dict=True)
-_STEPS_THAT_PAY = 5000  # of a compiled encoder: a minute, at a gain of 10 ms a step
+_STEPS_THAT_PAY = 5000  # a minute of compiling at a gain of 10 ms a step; guessed, not timed
 
 
 class FullySharded(ModelParallelStrategy):
@@ -142,20 +143,14 @@ def pays_to_compile(trainer: Trainer, model: nn.Module) -> bool:
         trainer: in ``on_train_start``.
         model: on its device.
     """
-    if trainer.strategy.root_device.type != "cuda":
+    if trainer.estimated_stepping_batches < _STEPS_THAT_PAY or not triton_serves(
+        trainer.strategy.root_device
+    ):
         return False
     from simclr_pl.batch_norm import SharedBatchNorm  # timm takes a while to import
 
-    try:
-        from simclr_pl.loss_triton import can_start
-    except ImportError:  # triton comes with torch for some systems only
-        return False
     talking = (FSDPModule, nn.SyncBatchNorm, SharedBatchNorm)
-    return (
-        trainer.estimated_stepping_batches >= _STEPS_THAT_PAY
-        and not any(isinstance(m, talking) for m in model.modules())
-        and can_start()
-    )
+    return not any(isinstance(module, talking) for module in model.modules())
 
 
 def ranks_to_share(trainer: Trainer, batch_norm_ranks: int) -> int:

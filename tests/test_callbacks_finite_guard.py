@@ -185,7 +185,7 @@ def test_an_optimizer_that_counts_elsewhere_is_asked_about(monkeypatch: Any) -> 
     optimizer.step()
     optimizer.state[p]["step"] = torch.zeros((), device="meta")
     guard._updated = {id(p)}
-    guard._leave_out(optimizer, [p], torch.tensor(True))
+    guard._leave_out(optimizer, [p], torch.tensor(True), scaled=False)
     assert p.grad is None
     assert guard._bad is None
 

@@ -26,6 +26,7 @@ L0 = {
     "crop_kernels",
     "cpu",
     "durable",
+    "gpu",
     "image_kernels",
     "image_operations",
     "models",

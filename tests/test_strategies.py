@@ -3,6 +3,7 @@
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +20,31 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
-from simclr_pl import LARS, ConvEncoder, InputError, NTXentLoss
+from simclr_pl import LARS, ConvEncoder, InputError, NTXentLoss, strategies
 from simclr_pl.optim import parameter_groups
-from simclr_pl.strategies import FullySharded, shard
+from simclr_pl.strategies import FullySharded, pays_to_compile, shard
+
+
+@pytest.mark.parametrize(
+    ("steps", "layer", "serves", "pays"),
+    [
+        (5000, nn.BatchNorm1d(2), True, True),
+        (4999, nn.BatchNorm1d(2), True, False),
+        (5000, nn.BatchNorm1d(2), False, False),
+        (5000, nn.SyncBatchNorm(2), True, False),
+    ],
+)
+def test_long_runs_of_layers_of_one_rank_are_compiled_where_triton_serves(
+    steps: int, layer: nn.Module, serves: bool, pays: bool, monkeypatch: Any
+) -> None:
+    """No GPU is needed to decide it: the answer of `triton_serves` stands in for one."""
+    monkeypatch.setattr(
+        strategies, "triton_serves", lambda device: serves and device.type == "cuda"
+    )
+    on_gpu = SimpleNamespace(root_device=torch.device("cuda"))
+    trainer: Any = SimpleNamespace(estimated_stepping_batches=steps, strategy=on_gpu)
+    assert pays_to_compile(trainer, nn.Sequential(nn.Linear(2, 2), layer)) is pays
+
 
 LARS_OPTIONS: list[dict[str, Any]] = [{}, {"nesterov": True}, {"foreach": False}]
 

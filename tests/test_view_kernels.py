@@ -11,7 +11,8 @@ import torch
 import torchvision.transforms.v2.functional as tvf
 from torch import Tensor
 
-from simclr_pl.augment import Augment, Table, view_kernels_serve
+from simclr_pl.augment import Augment, Table
+from simclr_pl.gpu import triton_serves
 from simclr_pl.image_operations import crop_resize
 
 Run = Callable[..., Any]
@@ -303,10 +304,6 @@ def test_kernels_compile(
         assert compiled.metadata.shared <= 1024  # bytes, of the one sum
 
 
-def test_torch_serves_on_a_cpu() -> None:
-    assert not view_kernels_serve(bytes_of(2, 3, 4, 4))
-
-
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 on_a_gpu = pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 
@@ -327,7 +324,7 @@ def test_a_gpu_makes_the_views_of_torch_without_waiting(
     index, on_device = torch.tensor([8, 0, 3, 3, 1], device="cuda"), torch.from_numpy(crops).cuda()
     table, size, stage = drawn(augment, 5, 2, "cuda"), augment.size, ImageStage()
     stage._crop(images, index, on_device, size)  # moves the set
-    assert view_kernels_serve(images.pixels.cuda())
+    assert triton_serves(index.device)
     try:
         torch.cuda.set_sync_debug_mode("error")
         own = stage._crop(images, index, on_device, size)

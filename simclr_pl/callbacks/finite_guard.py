@@ -108,9 +108,7 @@ class FiniteGuard(Callback):
             _put_back(self._buffers, self._old_buffers, bad)
         self._leave_out(optimizer, params, bad, scaled=scaler is not None)
 
-    def _leave_out(
-        self, optimizer: Any, params: list[Tensor], bad: Tensor, scaled: bool = False
-    ) -> None:
+    def _leave_out(self, optimizer: Any, params: list[Tensor], bad: Tensor, scaled: bool) -> None:
         """Takes the gradients away where the update is bad, or keeps what it is about to change."""
         tells = getattr(optimizer, "_step_supports_amp_scaling", False) and not scaled
         changed = [] if tells else _changed(optimizer)

@@ -120,9 +120,8 @@ class ThroughputMonitor(Callback):
         rate = window.batches / window.training  # batches per second
         values = {**window.shares(), "step_ms": 1000 / rate}
         values["peak_memory_mib"] = peak_memory_mib(pl_module.device)
-        flops = (
-            self._flops.mean * rate
-        )  # per second; a GPU's clock is some batches behind the count
+        # By the mean, not the sum: a GPU's clock is some batches behind the count.
+        flops = self._flops.mean * rate  # per second
         self._flops.start_anew()
         values["gflops"] = flops / 1e9
         if self._peak_flops:

@@ -12,11 +12,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from simclr_pl.augment import Augment, view_kernels_serve
+from simclr_pl.augment import Augment
 from simclr_pl.cpu import recycled
 from simclr_pl.crop_kernels import crop_rows, is_small, resize
 from simclr_pl.data.batches import Batch, Views, to_tensors, with_floats
 from simclr_pl.data.sources import Images, ResidentImages
+from simclr_pl.gpu import triton_serves
 from simclr_pl.image_operations import crop_resize, crop_resize_mixed, to_float
 
 
@@ -83,7 +84,7 @@ class ImageStage:
             assert largest is not None
             return _crop_mixed(flat, start[index], width[index], crops, size, largest)
         held = images.shaped(flat)
-        if view_kernels_serve(held):
+        if triton_serves(index.device):
             from simclr_pl.view_kernels import crop_rows_on_gpu  # triton is not everywhere
 
             return crop_rows_on_gpu(held, index, crops, size)
@@ -110,7 +111,7 @@ def _crop_mixed(
 ) -> Tensor:
     """`crop_resize_mixed`, by whatever is quickest on the device."""
     channels, n_views = flat.shape[1], crops.shape[1]
-    if not view_kernels_serve(flat[..., None, None]):
+    if not triton_serves(flat.device):
         return crop_resize_mixed(flat, start, width, crops, size, largest)
     from simclr_pl.view_kernels import crop_flat  # triton is not everywhere
 
