@@ -185,6 +185,24 @@ def test_loader_workers_that_are_signalled_too_bring_what_the_step_needs(
     assert events.done == [f"batch {n}" for n in range(1, 9)]
 
 
+def test_a_run_that_was_stopped_never_has_the_old_handlers_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    install = signal.signal
+
+    def recorded(number: Any, handler: Any) -> Any:
+        if number in (signal.SIGTERM, signal.SIGUSR1):
+            given.append(handler)
+        return install(number, handler)
+
+    monkeypatch.setattr(signal, "signal", recorded)
+    with pytest.raises(Preempted):
+        build(tmp_path, Events("batch 2")).fit(tiny_model(), datamodule=tiny_data(bank_size=30))
+    assert len(given) == 4
+    assert given[2:] == [signal.SIG_IGN] * 2
+
+
 def be_stopped(folder: Path) -> None:
     class Steps(Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:

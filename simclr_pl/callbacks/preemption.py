@@ -112,10 +112,11 @@ class Preemption(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Gives the signals back; where it has stopped the run, no further one must change how."""
+        if isinstance(
+            exception, Preempted
+        ):  # at once: a moment of the old handlers would be one too many
+            self._handlers = dict.fromkeys(self._handlers, signal.SIG_IGN)
         self._give_back(trainer)
-        if isinstance(exception, Preempted):
-            for number in _SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the signals back."""
