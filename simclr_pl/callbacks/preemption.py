@@ -112,9 +112,8 @@ class Preemption(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Gives the signals back; where it has stopped the run, no further one must change how."""
-        if isinstance(
-            exception, Preempted
-        ):  # at once: a moment of the old handlers would be one too many
+        if isinstance(exception, Preempted):
+            # At once: in a moment of the old handlers a further signal would be the end.
             self._handlers = dict.fromkeys(self._handlers, signal.SIG_IGN)
         self._give_back(trainer)
 
